@@ -1,0 +1,587 @@
+"""EfficientZero V2 as a Stable-Baselines3 algorithm."""
+
+from __future__ import annotations
+
+import io
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.utils import update_learning_rate
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from sb3_ezv2.losses import Losses, compute_losses
+from sb3_ezv2.policies import Ezv2Policy, MlpPolicy
+from sb3_ezv2.reanalyze import Reanalyzer
+from sb3_ezv2.replay_buffer import SequenceReplayBuffer
+from sb3_ezv2.search import SearchResult, SearchSettings
+from sb3_ezv2.validation import check_finite, check_options, check_settings, check_spaces
+
+SelfEZV2 = TypeVar("SelfEZV2", bound="EZV2")
+
+TD_STEPS_AGE_FRACTION = 0.02
+"""``td_steps_age`` of None, as a share of the planned steps."""
+
+
+class EZV2(OffPolicyAlgorithm):
+    """
+    EfficientZero V2: planning by Gumbel search in a learned model, for discrete and continuous actions.
+    Paper: https://arxiv.org/abs/2403.00564
+
+    The defaults are those of the paper's Table 3 for state inputs, except for the value targets, see the documentation.
+
+    :param policy: The policy model to use (MlpPolicy)
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: learning rate, it can be a function of the current progress remaining (from 1 to 0)
+    :param buffer_size: size of the replay buffer, in observations
+    :param learning_starts: how many steps of random actions to collect before learning starts
+    :param batch_size: sequences in a batch
+    :param gamma: the discount factor of one step of the environment
+    :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
+        like ``(5, "step")`` or ``(2, "episode")``.
+    :param gradient_steps: How many updates to do after each rollout (see ``train_freq``)
+        Set to ``-1`` means to do as many updates as steps done in the environment during the rollout.
+    :param tau: Polyak rate of the network whose values end the n-step windows; 1.0: the target network serves, as in the paper
+    :param unroll_steps: steps that the model is unrolled in training
+    :param td_steps: length of a fresh transition's value window
+    :param td_steps_min: length of an old transition's value window; the paper has 5 and 5
+    :param td_steps_age: the window is one step shorter for each so many transitions collected since
+        (EfficientZero Eq. 12). None: 2% of the planned steps
+    :param n_simulations: simulations of a search
+    :param n_sampled_actions: Box: candidate actions at the root. Discrete: actions that enter sequential halving
+    :param n_inner_actions: Box: candidate actions at the other nodes
+    :param policy_action_fraction: Box: share of the root's candidates from the policy, the rest from its flattened version
+    :param flat_std_scale: Box: standard deviation of the flattened policy, as a multiple of the policy's
+    :param c_visit: of sigma, Eq. 19
+    :param c_scale: of sigma, Eq. 19
+    :param value_target: ``"mixed"`` (Eq. 16), or its parts alone: ``"td"`` (n-step) or ``"search"`` (search-based values)
+    :param mixed_value_start: updates before search-based values are used (T1 of Eq. 16)
+    :param fresh_transitions: newest transitions that keep n-step values (T2 of Eq. 16)
+    :param acting_update_interval: updates between two refreshes of the network that collects data
+    :param target_update_interval: updates between two refreshes of the network that reanalyzes
+    :param reanalyze_cache: search each stored state once per refresh of the target network instead of each time it is drawn
+    :param priority_alpha: exponent of the priorities
+    :param priority_beta: exponent of the importance weights
+    :param reward_coef: weight of the reward loss (lambda_1 of Eq. 3)
+    :param policy_coef: weight of the policy loss (lambda_2)
+    :param vf_coef: weight of the value loss (lambda_3)
+    :param consistency_coef: weight of the consistency loss (lambda_4)
+    :param ent_coef: weight of the policy's entropy
+    :param max_grad_norm: the maximum value for the gradient clipping
+    :param final_gradient_steps: extra updates after the last step of ``learn()``
+    :param warmup_fraction: share of the planned updates in which the learning rate rises from 0
+    :param policy_target: ``"candidates"`` (Eq. 8), ``"best_action"`` (Eq. 9), or ``"auto"``: the latter for Box actions with
+        more than one dimension
+    :param replay_buffer_class: a subclass of ``SequenceReplayBuffer``, or None for that itself
+    :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
+    :param policy_kwargs: additional arguments to be passed to the policy on creation, see
+        :class:`sb3_ezv2.policies.Ezv2Policy`
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
+        the reported success rate, mean episode length, and mean reward over
+    :param tensorboard_log: the log location for tensorboard (if None, no logging)
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
+        debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run.
+        Setting it to auto, the code will be run on the GPU if possible.
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :raises ValueError: a space or setting that is not supported, a NaN while learning
+    :raises TypeError: an option that does not apply
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": MlpPolicy}
+    policy: Ezv2Policy
+    replay_buffer: SequenceReplayBuffer | None  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        policy: str | type[Ezv2Policy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 100_000,
+        learning_starts: int = 1_000,
+        batch_size: int = 256,
+        gamma: float = 0.997,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        tau: float = 0.01,
+        unroll_steps: int = 5,
+        td_steps: int = 20,
+        td_steps_min: int = 5,
+        td_steps_age: int | None = None,
+        n_simulations: int = 32,
+        n_sampled_actions: int = 16,
+        n_inner_actions: int = 2,
+        policy_action_fraction: float = 0.25,
+        flat_std_scale: float = 3.0,
+        c_visit: float = 50.0,
+        c_scale: float = 0.1,
+        value_target: str = "mixed",
+        mixed_value_start: int = 40_000,
+        fresh_transitions: int = 20_000,
+        acting_update_interval: int = 100,
+        target_update_interval: int = 400,
+        reanalyze_cache: bool = True,
+        priority_alpha: float = 1.0,
+        priority_beta: float = 1.0,
+        reward_coef: float = 1.0,
+        policy_coef: float = 1.0,
+        vf_coef: float = 0.25,
+        consistency_coef: float = 2.0,
+        ent_coef: float = 5e-3,
+        max_grad_norm: float = 5.0,
+        final_gradient_steps: int = 0,
+        warmup_fraction: float = 0.01,
+        policy_target: str = "auto",
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        **unsupported: Any,
+    ):
+        check_options(unsupported)
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            sde_support=False,
+            support_multi_env=True,
+        )
+        self.unroll_steps = unroll_steps
+        self.td_steps = td_steps
+        self.td_steps_min = td_steps_min
+        self.td_steps_age = td_steps_age
+        self.n_simulations = n_simulations
+        self.n_sampled_actions = n_sampled_actions
+        self.n_inner_actions = n_inner_actions
+        self.policy_action_fraction = policy_action_fraction
+        self.flat_std_scale = flat_std_scale
+        self.c_visit = c_visit
+        self.c_scale = c_scale
+        self.value_target = value_target
+        self.mixed_value_start = mixed_value_start
+        self.fresh_transitions = fresh_transitions
+        self.acting_update_interval = acting_update_interval
+        self.target_update_interval = target_update_interval
+        self.reanalyze_cache = reanalyze_cache
+        self.priority_alpha = priority_alpha
+        self.priority_beta = priority_beta
+        self.reward_coef = reward_coef
+        self.policy_coef = policy_coef
+        self.vf_coef = vf_coef
+        self.consistency_coef = consistency_coef
+        self.ent_coef = ent_coef
+        self.max_grad_norm = max_grad_norm
+        self.final_gradient_steps = final_gradient_steps
+        self.warmup_fraction = warmup_fraction
+        self.policy_target = policy_target
+
+        self._warmup_updates = 0
+        self._generators: dict[str, np.random.Generator] | None = None
+        self._reanalyzer: Reanalyzer | None = None
+        self._last_search: SearchResult | None = None
+        # Sums of device tensors and their counts, read once per log interval
+        self._stats: dict[str, tuple[th.Tensor, int]] = {}
+        if _init_setup_model:
+            self._setup_model()
+
+    # ------------------------------------------------------------------ set-up
+
+    def _setup_model(self) -> None:
+        check_options({k: v for k, v in self.policy_kwargs.items() if k.startswith("use_sde")})
+        if self.use_sde or self.action_noise is not None:
+            check_options({"use_sde": True} if self.use_sde else {"action_noise": self.action_noise})
+        if self.replay_buffer_class is None:
+            self.replay_buffer_class = SequenceReplayBuffer
+        if not issubclass(self.replay_buffer_class, SequenceReplayBuffer):
+            raise ValueError(
+                f"EZV2 replays sequences: {self.replay_buffer_class.__name__} does not apply, "
+                "replay_buffer_class must be a subclass of sb3_ezv2.replay_buffer.SequenceReplayBuffer or None."
+            )
+        check_spaces(self.observation_space, self.action_space)
+        check_settings(self.__dict__)
+        self._convert_train_freq()
+        self._setup_lr_schedule()
+        restored = self._generators
+        self.set_random_seed(self.seed)
+        if restored is not None:
+            # of a loaded agent: its random streams go on where they were
+            self._generators = restored
+        elif self._generators is None:
+            self._seed_generators(int(np.random.randint(2**31)))
+        self.policy = self.policy_class(  # type: ignore[assignment]
+            self.observation_space,
+            self.action_space,
+            self.lr_schedule,
+            search_settings=SearchSettings(
+                n_simulations=self.n_simulations,
+                n_sampled_actions=self.n_sampled_actions,
+                n_inner_actions=self.n_inner_actions,
+                policy_action_fraction=self.policy_action_fraction,
+                flat_std_scale=self.flat_std_scale,
+                c_visit=self.c_visit,
+                c_scale=self.c_scale,
+                gamma=self.gamma,
+            ),
+            **self.policy_kwargs,
+        )
+        self.policy = self.policy.to(self.device)
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """
+        Set the seed of the pseudo-random generators
+        (python, numpy, pytorch, gym, action_space, and EZV2's own)
+
+        :param seed:
+        """
+        super().set_random_seed(seed)
+        if seed is not None:
+            self._seed_generators(seed)
+
+    def _seed_generators(self, seed: int) -> None:
+        # Streams of their own, as numpy generators: they are saved with the agent, are the same on every device, and
+        # neither predict() nor a callback draws from them
+        names = ("acting", "reanalyze", "losses", "replay")
+        streams = np.random.SeedSequence(seed).spawn(len(names))
+        self._generators = {name: np.random.default_rng(stream) for name, stream in zip(names, streams)}
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_reanalyzer", "_last_search", "_stats"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer"], []
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save all the attributes of the object and the model parameters in a zip-file. A file of that name is replaced
+        only when the new one is complete.
+
+        :param path: path to the file where the rl agent should be saved
+        :param exclude: name of parameters that should be excluded in addition to the default ones
+        :param include: name of parameters that might be excluded but should be included anyway
+        """
+        if not isinstance(path, (str, pathlib.Path)):
+            super().save(path, exclude, include)
+            return
+        target = pathlib.Path(path)
+        if target.suffix == "":
+            target = target.with_suffix(".zip")
+        unfinished = target.with_name(f"{target.name}.tmp")
+        try:
+            super().save(unfinished, exclude, include)
+            os.replace(unfinished, target)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        env_is_reset = reset_num_timesteps or self._last_obs is None
+        planned_steps = total_timesteps + (0 if reset_num_timesteps else self.num_timesteps)
+        if self.replay_buffer is None:
+            self.replay_buffer = self._make_replay_buffer()
+        elif self.replay_buffer.n_envs != self.n_envs:
+            raise ValueError(
+                f"the replay buffer holds {self.replay_buffer.n_envs} environments but there are {self.n_envs} now: "
+                "use as many, or set model.replay_buffer = None to begin with an empty one."
+            )
+        elif env_is_reset:
+            self.replay_buffer.truncate_open_episodes()
+        self.replay_buffer.td_steps_age = self.td_steps_age or max(1, round(TD_STEPS_AGE_FRACTION * planned_steps))
+        if self._reanalyzer is None or self._reanalyzer.buffer is not self.replay_buffer:
+            self._reanalyzer = self._make_reanalyzer(self.replay_buffer)
+        if self._n_updates == 0:
+            self._warmup_updates = round(self.warmup_fraction * self._planned_updates(planned_steps))
+        self._stats = {}
+        total_timesteps, callback = super()._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        assert isinstance(self._last_obs, np.ndarray)
+        check_finite("first observation", self._last_obs, self.num_timesteps)
+        return total_timesteps, callback
+
+    def _make_replay_buffer(self) -> SequenceReplayBuffer:
+        assert self.replay_buffer_class is not None and self._generators is not None
+        assert issubclass(self.replay_buffer_class, SequenceReplayBuffer)
+        nbytes = self.replay_buffer_class.estimate_nbytes(self.buffer_size, self.observation_space, self.action_space)
+        if self.verbose >= 1:
+            print(f"Replay buffer: {nbytes / 1e6:.1f} MB when full")
+        settings = dict(
+            gamma=self.gamma,
+            unroll_steps=self.unroll_steps,
+            td_steps=self.td_steps,
+            td_steps_min=self.td_steps_min,
+            alpha=self.priority_alpha,
+            beta=self.priority_beta,
+            seed=int(self._generators["replay"].integers(2**63)),
+        )
+        return self.replay_buffer_class(
+            self.buffer_size,
+            self.observation_space,
+            self.action_space,
+            device=self.device,
+            n_envs=self.n_envs,
+            **{**settings, **self.replay_buffer_kwargs},
+        )
+
+    def _make_reanalyzer(self, buffer: SequenceReplayBuffer) -> Reanalyzer:
+        policy_target = self.policy_target
+        if policy_target == "auto":
+            several = isinstance(self.action_space, spaces.Box) and int(np.prod(self.action_space.shape)) > 1
+            policy_target = "best_action" if several else "candidates"
+        return Reanalyzer(
+            self.policy.target_search,
+            self.policy.target_network if self.tau == 1.0 else self.policy.bootstrap_network,
+            buffer,
+            value_target=self.value_target,
+            mixed_value_start=self.mixed_value_start,
+            fresh_transitions=self.fresh_transitions,
+            best_action=policy_target == "best_action",
+            cache=self.reanalyze_cache,
+        )
+
+    def _planned_updates(self, planned_steps: int) -> float:
+        steps = max(0, planned_steps - self.learning_starts)
+        assert isinstance(self.train_freq, TrainFreq)
+        if self.gradient_steps < 0 or self.train_freq.unit == TrainFrequencyUnit.EPISODE:
+            updates = float(steps)  # for episodes of a length that is not known, at most one update per step is meant
+        else:
+            updates = steps * self.gradient_steps / (self.train_freq.frequency * self.n_envs)
+        return updates + self.final_gradient_steps
+
+    # ------------------------------------------------------------------ collecting
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Uniform actions before ``learning_starts``, then a search with the acting network.
+
+        :return: actions for the environment, and as they are stored: counted from 0, or flat and scaled to [-1, 1]
+        """
+        if self.num_timesteps < learning_starts:
+            self._last_search = None
+            actions = np.array([self.action_space.sample() for _ in range(n_envs)])
+            if isinstance(self.action_space, spaces.Discrete):
+                return actions, actions - self.action_space.start
+            return actions, self._scale_action(actions).reshape(n_envs, -1)
+        assert self._last_obs is not None and self._generators is not None
+        obs, _ = self.policy.obs_to_tensor(self._last_obs)
+        self._last_search = self.policy.act(obs, self._generators["acting"])
+        self._count(
+            {
+                "search/acting_value": self._last_search.value.mean(),
+                "search/acting_depth": self._last_search.depth.mean(),
+            }
+        )
+        best = self._last_search.best()
+        actions = self.policy.to_env_actions(best).cpu().numpy()
+        if isinstance(self.action_space, spaces.Box):
+            actions = self.policy.unscale_action(actions.reshape(n_envs, *self.action_space.shape))
+            actions = actions.astype(self.action_space.dtype)
+        return actions, best.cpu().numpy()
+
+    def _scale_action(self, action: np.ndarray) -> np.ndarray:
+        """[low, high] to [-1, 1]; a dimension whose bounds are equal is 0."""
+        assert isinstance(self.action_space, spaces.Box)
+        low, span = self.action_space.low, self.action_space.high - self.action_space.low
+        return np.where(span > 0, 2.0 * (action - low) / np.where(span > 0, span, 1.0) - 1.0, 0.0).astype(np.float32)
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        assert isinstance(new_obs, np.ndarray) and isinstance(replay_buffer, SequenceReplayBuffer)
+        check_finite("observation", new_obs, self.num_timesteps)
+        check_finite("reward", reward, self.num_timesteps)
+        for index in np.flatnonzero(dones):
+            final = infos[index].get("terminal_observation")
+            if final is not None:
+                check_finite("final observation", np.asarray(final)[None], self.num_timesteps)
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        if self._last_search is not None:
+            assert self._reanalyzer is not None
+            self._reanalyzer.store(replay_buffer.last_slots, self._last_search)
+
+    # ------------------------------------------------------------------ learning
+
+    def train(self, gradient_steps: int, batch_size: int = 256) -> None:
+        """
+        Sample, reanalyze, update: ``gradient_steps`` times, and ``final_gradient_steps`` more after the last step.
+
+        :param gradient_steps: number of updates
+        :param batch_size: sequences in a batch
+        :raises ValueError: a loss or the gradient is NaN or infinite; the weights are then those before the update
+        """
+        assert self.replay_buffer is not None
+        if self.num_timesteps >= self._total_timesteps:
+            gradient_steps += self.final_gradient_steps
+        if self._n_updates == 0 and self.policy.reward_scale == "auto":
+            self._set_reward_scale()
+        self._set_fresh_priorities()
+        if self.replay_buffer.num_sampleable == 0:
+            return  # the very first transition, whose next observation is still to come
+        self.policy.set_training_mode(True)
+        for _ in range(gradient_steps):
+            self._update(batch_size)
+        self.policy.set_training_mode(False)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _set_reward_scale(self) -> None:
+        """The root mean square of the rewards so far becomes the unit of the supports: see ``reward_scale``."""
+        assert self.replay_buffer is not None
+        rewards = self.replay_buffer.rewards[self.replay_buffer.stamps >= 0].astype(np.float64)
+        if self._vec_normalize_env is not None:
+            rewards = self._vec_normalize_env.normalize_reward(rewards)
+        scale = float(np.sqrt(np.mean(rewards**2)))
+        for network in self.policy.networks():
+            network.set_reward_scale(scale if scale > 0 else 1.0)
+
+    def _set_fresh_priorities(self) -> None:
+        """Fresh transitions enter with their value error under the present model (App. A)."""
+        assert self.replay_buffer is not None and self._reanalyzer is not None
+        fresh = self.replay_buffer.take_fresh()
+        self.policy.set_training_mode(False)
+        for start in range(0, len(fresh), 1024):
+            slots = fresh[start : start + 1024]
+            batch = self.replay_buffer.sequences(slots, env=self._vec_normalize_env, unroll_steps=0)
+            with th.no_grad():
+                values = self.policy.network.values(batch.observations[:, 0])
+            errors = (values - self._reanalyzer.td_values(batch)[:, 0]).abs()
+            self.replay_buffer.update_priorities(slots, errors.cpu().numpy())
+
+    def _update(self, batch_size: int) -> None:
+        assert self.replay_buffer is not None and self._reanalyzer is not None and self._generators is not None
+        policy, network = self.policy, self.policy.network
+        warmup = min(1.0, (self._n_updates + 1) / max(1, self._warmup_updates))
+        learning_rate = self.lr_schedule(self._current_progress_remaining) * warmup
+        update_learning_rate(policy.optimizer, learning_rate)
+
+        batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+        targets, stats = self._reanalyzer.targets(batch, self._n_updates, self._generators["reanalyze"])
+        with th.no_grad():
+            network.normalizer.update(network.features(batch.observations[batch.observed]))
+        losses = compute_losses(
+            network,
+            batch,
+            targets,
+            self._generators["losses"],
+            reward_coef=self.reward_coef,
+            policy_coef=self.policy_coef,
+            vf_coef=self.vf_coef,
+            consistency_coef=self.consistency_coef,
+            ent_coef=self.ent_coef,
+        )
+        policy.optimizer.zero_grad()
+        losses.total.backward()
+        grad_norm = th.nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm)
+        self._check_update(losses, grad_norm)
+        policy.optimizer.step()
+        self.replay_buffer.update_priorities(batch.slots[:, 0], losses.value_error.cpu().numpy())
+
+        self._n_updates += 1
+        if self.tau < 1.0:
+            follow = get_ema_multi_avg_fn(1 - self.tau)
+            with th.no_grad():
+                follow(_float_tensors(policy.bootstrap_network), _float_tensors(network), None)
+        if self._n_updates % self.acting_update_interval == 0:
+            policy.acting_network.load_state_dict(network.state_dict())
+        if self._n_updates % self.target_update_interval == 0:
+            policy.target_network.load_state_dict(network.state_dict())
+            self._reanalyzer.target_refreshed()
+        self._count(
+            {
+                "train/loss": losses.total.detach(),
+                "train/reward_loss": losses.reward,
+                "train/policy_loss": losses.policy,
+                "train/value_loss": losses.value,
+                "train/consistency_loss": losses.consistency,
+                "train/policy_entropy": losses.entropy.detach(),
+                "train/value_error": losses.value_error.mean(),
+                "train/grad_norm": grad_norm,
+                "train/learning_rate": th.tensor(learning_rate),
+                **stats,
+            }
+        )
+
+    def _check_update(self, losses: Losses, grad_norm: th.Tensor) -> None:
+        # One read of the device for all of them
+        terms = {**losses._asdict(), "value_error": losses.value_error.sum(), "gradient norm": grad_norm}
+        finite = th.isfinite(th.stack([term.detach() for term in terms.values()])).tolist()
+        for name, ok in list(zip(terms, finite))[::-1]:
+            if not ok and name not in ("total", "gradient norm"):
+                raise ValueError(self._not_finite(f"the {name.replace('_', ' ')} loss" if name != "entropy" else "the entropy"))
+        if not all(finite):
+            raise ValueError(self._not_finite("the gradient"))
+
+    def _not_finite(self, what: str) -> str:
+        return (
+            f"update {self._n_updates + 1} at step {self.num_timesteps}: {what} is NaN or infinite. The weights are those "
+            "before this update; a lower learning_rate or max_grad_norm, or rewards of a smaller range, may help."
+        )
+
+    # ------------------------------------------------------------------ logging
+
+    def _count(self, stats: dict[str, th.Tensor]) -> None:
+        for name, value in stats.items():
+            total, count = self._stats.get(name, (0.0, 0))
+            self._stats[name] = (total + value, count + 1)
+
+    def dump_logs(self) -> None:
+        """
+        Write log data: means over the log interval of the losses, targets and searches.
+        """
+        for name, (total, count) in self._stats.items():
+            self.logger.record(name, float(total) / count)
+        self._stats = {}
+        super().dump_logs()
+
+
+def _float_tensors(network: th.nn.Module) -> list[th.Tensor]:
+    """Parameters and running statistics."""
+    return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]

@@ -1,0 +1,146 @@
+"""Losses of the unrolled model: EfficientZero V2 Eq. 3, 4, 5, 8 and 9."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch as th
+from torch.nn import functional as F
+
+from sb3_ezv2.distributions import SquashedGaussian
+from sb3_ezv2.networks import Ezv2Network
+from sb3_ezv2.replay_buffer import Batch
+
+ENTROPY_SAMPLES = 4
+
+
+class Targets(NamedTuple):
+    """
+    What a batch of B sequences with U unroll steps is trained towards.
+
+    :param values: [B, U + 1], in the units of the rewards
+    :param value_mask: bool [B, U + 1]
+    :param policies: [B, U + 1, K], weights of the candidates, or of all actions if discrete
+    :param candidates: [B, U + 1, K, A] in [-1, 1]; None for discrete actions
+    """
+
+    values: th.Tensor
+    value_mask: th.Tensor
+    policies: th.Tensor
+    candidates: th.Tensor | None
+
+
+class Losses(NamedTuple):
+    """
+    Scalar tensors, means over the batch with importance weights, summed over the unroll and divided by U.
+
+    :param total: the weighted sum that is minimised
+    :param reward: cross-entropy of the rewards
+    :param policy: cross-entropy of the policy (Eq. 8 or 9)
+    :param value: cross-entropy of the values
+    :param consistency: negative cosine similarity (Eq. 4)
+    :param entropy: mean entropy of the policy, per step
+    :param value_error: [B] absolute value errors at the sequences' starts, in the units of the rewards
+    """
+
+    total: th.Tensor
+    reward: th.Tensor
+    policy: th.Tensor
+    value: th.Tensor
+    consistency: th.Tensor
+    entropy: th.Tensor
+    value_error: th.Tensor
+
+
+def unroll(network: Ezv2Network, batch: Batch) -> th.Tensor:
+    """
+    :param network: the online model
+    :param batch: B sequences of U steps
+    :return: states [U + 1, B, D] from the first observation and the actions alone. The gradient through the state is
+        halved at the start of every step of the dynamics, so that it does not grow with the length of the unroll.
+    """
+    state = network.represent(batch.observations[:, 0])
+    states = [state]
+    for step in range(batch.actions.shape[1]):
+        state = network.dynamics_step(0.5 * state + 0.5 * state.detach(), batch.actions[:, step])
+        states.append(state)
+    return th.stack(states)
+
+
+def compute_losses(
+    network: Ezv2Network,
+    batch: Batch,
+    targets: Targets,
+    rng: np.random.Generator,
+    reward_coef: float = 1.0,
+    policy_coef: float = 1.0,
+    vf_coef: float = 0.25,
+    consistency_coef: float = 2.0,
+    ent_coef: float = 5e-3,
+) -> Losses:
+    """
+    Eq. 3 summed over the unroll, with the whole scaled by 1 / U.
+
+    The heads see the states of all steps as one batch, so that the statistics of their batch norm are those of
+    the mixture that they meet in a search.
+
+    :param network: the online model, in training mode
+    :param batch: B sequences of U steps
+    :param targets: of the batch
+    :param rng: of the samples that estimate the entropy of a squashed Gaussian
+    :param reward_coef: lambda_1
+    :param policy_coef: lambda_2
+    :param vf_coef: lambda_3
+    :param consistency_coef: lambda_4
+    :param ent_coef: weight of the entropy bonus
+    :return: see :class:`Losses`
+    """
+    size, steps = batch.rewards.shape
+    states = unroll(network, batch)  # [U + 1, B, D]
+    flat = states.flatten(0, 1)
+
+    value_logits = network.value_head(flat).unflatten(0, (steps + 1, size)).transpose(0, 1)  # [B, U + 1, bins]
+    value = _sum(network.value_support.cross_entropy(value_logits, targets.values), targets.value_mask)
+    reward_logits = network.reward_head(states[1:].flatten(0, 1)).unflatten(0, (steps, size)).transpose(0, 1)
+    reward = _sum(network.reward_support.cross_entropy(reward_logits, batch.rewards), batch.reward_mask)
+
+    policy_out = network.policy_head(flat).unflatten(0, (steps + 1, size)).transpose(0, 1)  # [B, U + 1, outputs]
+    if targets.candidates is None:
+        log_prob = F.log_softmax(policy_out, dim=-1)
+        step_entropy = -(log_prob.exp() * log_prob).sum(-1)
+    else:
+        log_prob = SquashedGaussian(policy_out.unsqueeze(-2)).log_prob(targets.candidates)  # [B, U + 1, K]
+        noise = rng.standard_normal((ENTROPY_SAMPLES, size, steps + 1, network.action_dim), dtype=np.float32)
+        step_entropy = SquashedGaussian(policy_out).entropy(th.from_numpy(noise).to(policy_out.device))
+    policy = _sum(-(targets.policies * log_prob).sum(-1), batch.policy_mask)
+    entropy = _sum(step_entropy, batch.policy_mask)
+
+    predicted = network.projection_predictor(network.project(states[1:].flatten(0, 1)))
+    with th.no_grad():
+        observed = network.project(network.represent(batch.observations[:, 1:].transpose(0, 1).flatten(0, 1)))
+    similarity = F.cosine_similarity(predicted, observed, dim=-1).unflatten(0, (steps, size)).transpose(0, 1)
+    consistency = _sum(-similarity, batch.observed[:, 1:])
+
+    per_sequence = (
+        reward_coef * reward
+        + policy_coef * policy
+        + vf_coef * value
+        + consistency_coef * consistency
+        - ent_coef * entropy
+    )
+    weights = batch.weights
+
+    def mean(loss: th.Tensor) -> th.Tensor:
+        return (weights * loss).mean() / steps
+
+    with th.no_grad():
+        value_error = (network.value_support.decode(value_logits[:, 0]) - targets.values[:, 0]).abs()
+        report = [mean(loss) for loss in (reward, policy, value, consistency)]
+        mean_entropy = entropy.sum() / batch.policy_mask.sum().clamp(min=1)
+    return Losses(mean(per_sequence), *report, mean_entropy, value_error)
+
+
+def _sum(loss: th.Tensor, mask: th.Tensor) -> th.Tensor:
+    """Sum over the steps where the mask is set. :param loss: [B, steps] :param mask: bool [B, steps] :return: [B]"""
+    return (loss * mask).sum(1)

@@ -1,0 +1,209 @@
+"""Reanalysis: value and policy targets of replayed sequences under the target network, and the cache of its searches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch as th
+
+from sb3_ezv2.losses import Targets
+from sb3_ezv2.networks import Ezv2Network
+from sb3_ezv2.replay_buffer import Batch, SequenceReplayBuffer
+from sb3_ezv2.search import GumbelSearch, SearchResult
+
+
+class _Roots(NamedTuple):
+    """
+    What the targets need of n searches.
+
+    :param value: [n], search-based values
+    :param policy: [n, K], weights of the candidates or of all actions
+    :param candidates: [n, K, A]; None for discrete actions
+    """
+
+    value: th.Tensor
+    policy: th.Tensor
+    candidates: th.Tensor | None
+
+
+class SearchCache:
+    """
+    The searches of the stored states under the present target network.
+
+    The target network is frozen between two refreshes while the same states are drawn again and again; here each
+    is searched once per refresh. Entries belong to a slot, to what was written there, and to a version of the network; a
+    refresh makes all of them stale by one integer.
+
+    :param buffer: the replay buffer whose slots are meant
+    :param num_candidates: K
+    :param action_dim: A; None for discrete actions
+    """
+
+    def __init__(self, buffer: SequenceReplayBuffer, num_candidates: int, action_dim: int | None):
+        size = len(buffer.stamps)
+        self.buffer = buffer
+        self.version = 0
+        # zeroed memory costs nothing before it is written to
+        self.versions = np.full(size, -1, np.int64)
+        self.stamps = np.full(size, -1, np.int64)
+        self.values = np.zeros(size, np.float32)
+        self.policies = np.zeros((size, num_candidates), np.float32)
+        self.candidates = None if action_dim is None else np.zeros((size, num_candidates, action_dim), np.float32)
+
+    def hits(self, slots: np.ndarray) -> np.ndarray:
+        """:param slots: int64 [n] :return: bool [n], where there is a search of this state under the present network"""
+        return (self.versions[slots] == self.version) & (self.stamps[slots] == self.buffer.stamps[slots])
+
+    def put(self, slots: np.ndarray, roots: _Roots) -> None:
+        """Remember the searches of these slots' states."""
+        self.versions[slots] = self.version
+        self.stamps[slots] = self.buffer.stamps[slots]
+        self.values[slots] = roots.value.cpu().numpy()
+        self.policies[slots] = roots.policy.cpu().numpy()
+        if self.candidates is not None:
+            assert roots.candidates is not None
+            self.candidates[slots] = roots.candidates.cpu().numpy()
+
+    def get(self, slots: np.ndarray, device: th.device) -> _Roots:
+        """:return: the remembered searches of these slots' states"""
+        candidates = None if self.candidates is None else th.from_numpy(self.candidates[slots]).to(device)
+        values, policies = th.from_numpy(self.values[slots]), th.from_numpy(self.policies[slots])
+        return _Roots(values.to(device), policies.to(device), candidates)
+
+
+class Reanalyzer:
+    """
+    Makes the targets of replayed sequences (EfficientZero V2 App. F and H).
+
+    :param search: with the target network
+    :param bootstrap: network whose values end the n-step windows
+    :param buffer: where the sequences come from
+    :param value_target: ``"mixed"`` (Eq. 16), ``"td"`` or ``"search"``
+    :param mixed_value_start: updates before the mixed target takes search-based values (T1)
+    :param fresh_transitions: sequences that start among so many newest transitions keep n-step values (T2)
+    :param best_action: the policy's target is the recommended action (Eq. 9), not all candidates (Eq. 8)
+    :param cache: search each state once per refresh of the target network
+    """
+
+    def __init__(
+        self,
+        search: GumbelSearch,
+        bootstrap: Ezv2Network,
+        buffer: SequenceReplayBuffer,
+        value_target: str = "mixed",
+        mixed_value_start: int = 40_000,
+        fresh_transitions: int = 20_000,
+        best_action: bool = False,
+        cache: bool = True,
+    ):
+        self.search = search
+        self.bootstrap = bootstrap
+        self.buffer = buffer
+        self.value_target = value_target
+        self.mixed_value_start = mixed_value_start
+        self.fresh_transitions = fresh_transitions
+        self.best_action = best_action
+        self.discrete = search.model.discrete
+        self.cache: SearchCache | None = None
+        if cache:
+            num_candidates = 1 if best_action and not self.discrete else search.num_root_actions
+            self.cache = SearchCache(buffer, num_candidates, None if self.discrete else search.model.action_dim)
+
+    def target_refreshed(self) -> None:
+        """The target network has new weights: every search so far is stale."""
+        if self.cache is not None:
+            self.cache.version += 1
+
+    def store(self, slots: np.ndarray, result: SearchResult) -> None:
+        """
+        Take over searches that were made to act: their network is no older than the target network.
+
+        :param slots: int64 [n], slots of the states that were searched
+        :param result: of the n searches
+        """
+        if self.cache is not None:
+            self.cache.put(slots, self._roots(result))
+
+    @th.no_grad()
+    def targets(self, batch: Batch, n_updates: int, rng: np.random.Generator) -> tuple[Targets, dict[str, th.Tensor]]:
+        """
+        :param batch: B sequences of U steps
+        :param n_updates: updates so far
+        :param rng: of the searches' noise
+        :return: the targets, and scalars to log
+        """
+        values, value_mask = self.td_values(batch), batch.value_mask
+        mask = batch.policy_mask  # [B, U + 1] the states to search
+        roots, stats = self._search(batch, rng)
+        shape = mask.shape
+
+        def spread(x: th.Tensor) -> th.Tensor:
+            """[n, ...] of the searched states to [B, U + 1, ...], 0 elsewhere."""
+            out = x.new_zeros(*shape, *x.shape[1:])
+            out[mask] = x
+            return out
+
+        stats["target/td_value"] = values[value_mask].mean()
+        stats["target/search_value"] = roots.value.mean()
+        if self.value_target == "search":
+            by_search = th.ones(len(values), dtype=th.bool, device=values.device)
+        elif self.value_target == "mixed" and n_updates >= self.mixed_value_start:
+            by_search = th.from_numpy(batch.ages > self.fresh_transitions).to(values.device)
+        else:
+            by_search = th.zeros(len(values), dtype=th.bool, device=values.device)
+        # Where a termination was passed neither kind of target is needed: the value is 0
+        values = th.where(by_search[:, None] & mask, spread(roots.value), values)
+        value_mask = th.where(by_search[:, None], mask | value_mask, value_mask)
+        stats["target/search_share"] = by_search.float().mean()
+        limit = self.bootstrap.value_support.limit
+        stats["target/value_clipped"] = ((values.abs() > limit) & value_mask).sum() / value_mask.sum().clamp(min=1)
+        candidates = None if roots.candidates is None else spread(roots.candidates)
+        return Targets(values, value_mask, spread(roots.policy), candidates), stats
+
+    @th.no_grad()
+    def td_values(self, batch: Batch) -> th.Tensor:
+        """:return: [B, U + 1], n-step values: the first case of Eq. 16"""
+        ends = self.bootstrap.values(batch.bootstrap_observations.flatten(0, 1))
+        return batch.returns + batch.bootstrap_discounts * ends.unflatten(0, batch.returns.shape)
+
+    def _roots(self, result: SearchResult) -> _Roots:
+        if not self.best_action:
+            return _Roots(result.value, result.policy, result.candidates)
+        best = result.best()
+        if self.discrete:
+            return _Roots(result.value, th.nn.functional.one_hot(best, result.policy.shape[1]).float(), None)
+        return _Roots(result.value, th.ones_like(result.policy[:, :1]), best.unsqueeze(1))
+
+    def _search(self, batch: Batch, rng: np.random.Generator) -> tuple[_Roots, dict[str, th.Tensor]]:
+        """:return: the searches of the n states that ``batch.policy_mask`` selects, and statistics of them"""
+        mask = batch.policy_mask
+        observations = batch.observations[mask]
+        device = observations.device
+        if self.cache is None:
+            result = self.search.run(observations, rng)
+            roots = self._roots(result)
+            return roots, _search_stats(result, searched=len(observations), wanted=len(observations))
+        slots = batch.slots[mask.cpu().numpy()]
+        unique, first = np.unique(slots, return_index=True)
+        missing = ~self.cache.hits(unique)
+        result = None
+        if missing.any():
+            rows = th.from_numpy(first[missing]).to(device)
+            result = self.search.run(observations[rows], rng)
+            self.cache.put(unique[missing], self._roots(result))
+        return self.cache.get(slots, device), _search_stats(result, searched=int(missing.sum()), wanted=len(slots))
+
+
+def _search_stats(result: SearchResult | None, searched: int, wanted: int) -> dict[str, th.Tensor]:
+    stats = {
+        "search/reused": th.tensor(1 - searched / max(1, wanted)),
+        "search/searched_states": th.tensor(float(searched)),
+    }
+    if result is not None:
+        log_policy = th.log(result.policy.clamp(min=1e-12))
+        stats["search/depth"] = result.depth.mean()
+        stats["search/root_value"] = result.value.mean()
+        stats["search/network_value"] = result.network_value.mean()
+        stats["search/policy_entropy"] = -(result.policy * log_policy).sum(-1).mean()
+    return stats

@@ -1,0 +1,360 @@
+"""
+Replay of sequences with priorities.
+
+Every environment writes a ring of slots. A slot is an observation with the action taken there and its reward; an episode
+ends with a slot of its own for its final observation, which has neither. So every observation is stored once, and
+a sequence is a run of neighbouring slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
+from stable_baselines3.common.vec_env import VecNormalize
+
+RUNNING, TERMINATED, TRUNCATED = 0, 1, 2
+"""Kinds of slots: a transition, or the final observation of an episode that terminated or was truncated."""
+
+MIN_PRIORITY = 1e-6
+"""Added to every priority, in the units of the rewards."""
+
+
+class Batch(NamedTuple):
+    """
+    B sequences of U unroll steps. Step 0 is the start of a sequence.
+
+    :param slots: numpy int64 [B, U + 1], where the observations are stored; beyond the last one, that one again
+    :param observations: [B, U + 1, ...]
+    :param actions: int64 [B, U], or float [B, U, A] in [-1, 1]; random where the episode is over
+    :param rewards: [B, U], 0 where the episode is over
+    :param returns: [B, U + 1], discounted sums of the n-step windows
+    :param bootstrap_observations: [B, U + 1, ...], observations at the windows' ends
+    :param bootstrap_discounts: [B, U + 1], gamma^l of the windows' lengths l; 0 at a termination
+    :param observed: bool [B, U + 1], there is an observation
+    :param reward_mask: bool [B, U]
+    :param value_mask: bool [B, U + 1]
+    :param policy_mask: bool [B, U + 1]
+    :param weights: [B], importance weights
+    :param ages: numpy int64 [B], transitions collected since the sequences' starts
+    """
+
+    slots: np.ndarray
+    observations: th.Tensor
+    actions: th.Tensor
+    rewards: th.Tensor
+    returns: th.Tensor
+    bootstrap_observations: th.Tensor
+    bootstrap_discounts: th.Tensor
+    observed: th.Tensor
+    reward_mask: th.Tensor
+    value_mask: th.Tensor
+    policy_mask: th.Tensor
+    weights: th.Tensor
+    ages: np.ndarray
+
+
+class SequenceReplayBuffer(ReplayBuffer):
+    """
+    Prioritized replay of sequences with n-step value windows.
+
+    :param buffer_size: number of slots (transitions and final observations), split evenly over the environments
+    :param observation_space: of the environment
+    :param action_space: of the environment
+    :param device: where batches go
+    :param n_envs: number of environments
+    :param gamma: discount of one step
+    :param unroll_steps: U
+    :param td_steps: n of a fresh transition's value window
+    :param td_steps_min: n of an old one's
+    :param td_steps_age: n falls by one for each so many transitions of age (V1 Eq. 12)
+    :param alpha: exponent of the priorities
+    :param beta: exponent of the importance weights
+    :param seed: of the sampling
+    :raises ValueError: too few slots for one window
+    """
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        device: th.device | str = "auto",
+        n_envs: int = 1,
+        gamma: float = 0.997,
+        unroll_steps: int = 5,
+        td_steps: int = 20,
+        td_steps_min: int = 5,
+        td_steps_age: int = 1000,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        seed: int | None = None,
+    ):
+        BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
+        self.ring = buffer_size // n_envs
+        # A start is sampled when its own window is complete and every unrolled step has at least one reward
+        self.wait = max(td_steps, unroll_steps) + 1
+        if self.ring < self.wait + 2:
+            raise ValueError(
+                f"buffer_size={buffer_size} leaves {self.ring} transitions per environment, but a window of "
+                f"td_steps={td_steps} and unroll_steps={unroll_steps} needs {self.wait + 2}: enlarge buffer_size."
+            )
+        self.gamma = gamma
+        self.unroll_steps = unroll_steps
+        self.td_steps = td_steps
+        self.td_steps_min = min(td_steps_min, td_steps)
+        self.td_steps_age = td_steps_age
+        self.alpha = alpha
+        self.beta = beta
+        self.rng = np.random.default_rng(seed)
+
+        size = self.ring * n_envs
+        self.discrete = isinstance(action_space, spaces.Discrete)
+        self.observations = np.zeros((size, *self.obs_shape), dtype=observation_space.dtype)  # type: ignore[arg-type]
+        self.actions = np.zeros(size, np.int64) if self.discrete else np.zeros((size, self.action_dim), np.float32)
+        self.rewards = np.zeros(size, np.float32)
+        self.kinds = np.zeros(size, np.uint8)
+        self.stamps = np.full(size, -1, np.int64)  # count of the environment's slots when this one was written
+        self.episodes = np.full(size, -1, np.int64)
+        self.transitions = np.zeros(size, np.int64)  # count of all transitions when this one was added
+        self.weights = np.zeros(size, np.float64)  # priority ** alpha; 0: not to be sampled
+        self.written = np.zeros(n_envs, np.int64)  # slots written by each environment
+        self.episode = np.arange(n_envs, dtype=np.int64)  # running episode of each environment
+        self.waiting = np.zeros(n_envs, np.int64)  # stamp of each environment's first slot that is not sampled yet
+        self.total_transitions = 0
+        self.last_slots = np.zeros(0, np.int64)  # [N] slots of the transitions added last
+        self._fresh: list[np.ndarray] = []
+
+    @staticmethod
+    def estimate_nbytes(buffer_size: int, observation_space: spaces.Space, action_space: spaces.Space) -> int:
+        """:return: bytes that a buffer of this size takes when it is full"""
+        obs = int(np.prod(observation_space.shape)) * np.dtype(observation_space.dtype).itemsize  # type: ignore[arg-type]
+        action = 8 if isinstance(action_space, spaces.Discrete) else 4 * int(np.prod(action_space.shape))  # type: ignore[arg-type]
+        return buffer_size * (obs + action + 4 + 1 + 4 * 8)
+
+    def size(self) -> int:
+        """:return: number of transitions stored, final observations not counted"""
+        filled = self.stamps >= 0
+        return int(np.count_nonzero(filled & (self.kinds == RUNNING)))
+
+    @property
+    def num_sampleable(self) -> int:
+        """Number of transitions that can start a sequence."""
+        return int(np.count_nonzero(self.weights))
+
+    def reset(self) -> None:
+        """Forget everything that is stored."""
+        self.stamps.fill(-1)
+        self.weights.fill(0)
+        self.written.fill(0)
+        self.waiting.fill(0)
+        self.total_transitions = 0
+        self._fresh = []
+
+    def _write(self, envs: np.ndarray, observations: np.ndarray) -> np.ndarray:
+        slots = envs * self.ring + self.written[envs] % self.ring
+        self.observations[slots] = observations
+        self.stamps[slots] = self.written[envs]
+        self.episodes[slots] = self.episode[envs]
+        self.weights[slots] = 0.0
+        self.written[envs] += 1
+        return slots
+
+    def add(  # type: ignore[override]
+        self,
+        obs: np.ndarray,
+        next_obs: np.ndarray,
+        action: np.ndarray,
+        reward: np.ndarray,
+        done: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """
+        Store one transition of each of the N environments; :attr:`last_slots` tells where.
+
+        :param obs: [N, ...]
+        :param next_obs: [N, ...], of which only those that end an episode are stored here
+        :param action: [N] or [N, ...], scaled to [-1, 1] if continuous
+        :param reward: [N]
+        :param done: bool [N]
+        :param infos: ``TimeLimit.truncated`` tells a truncation from a termination
+        """
+        envs = np.arange(self.n_envs)
+        slots = self._write(envs, np.reshape(obs, (self.n_envs, *self.obs_shape)))
+        self.actions[slots] = np.reshape(action, (self.n_envs, *self.actions.shape[1:]))
+        self.rewards[slots] = reward
+        self.kinds[slots] = RUNNING
+        self.transitions[slots] = self.total_transitions + envs
+        self.total_transitions += self.n_envs
+
+        ended = np.flatnonzero(done)
+        if len(ended) > 0:
+            final = self._write(ended, np.reshape(next_obs, (self.n_envs, *self.obs_shape))[ended])
+            truncated = np.array([bool(infos[env].get("TimeLimit.truncated", False)) for env in ended])
+            self.kinds[final] = np.where(truncated, TRUNCATED, TERMINATED)
+            self.episode[ended] += self.n_envs
+        for env in envs:
+            # all of an ended episode, else up to the newest start whose window is complete
+            self._release(env, self.written[env] if done[env] else self.written[env] - self.wait)
+        self.last_slots = slots
+
+    def _release(self, env: int, end: int) -> None:
+        """Make the starts with stamps below ``end`` sampleable as soon as their priorities are set."""
+        first = max(int(self.waiting[env]), int(self.written[env]) - self.ring)
+        if end <= first:
+            return
+        slots = env * self.ring + np.arange(first, end) % self.ring
+        self._fresh.append(slots[self.kinds[slots] == RUNNING])
+        self.waiting[env] = end
+
+    def take_fresh(self) -> np.ndarray:
+        """
+        :return: int64 [n], slots of the starts that became sampleable since the last call: they are sampled once
+            :meth:`update_priorities` was called for them. If nothing could be sampled otherwise, windows that are
+            not complete yet are released, too.
+        """
+        if not self._fresh and self.num_sampleable == 0:
+            for env in range(self.n_envs):
+                # The newest transition has no next observation yet
+                self._release(env, int(self.written[env]) - 1)
+        fresh = np.unique(np.concatenate(self._fresh)) if self._fresh else np.zeros(0, np.int64)
+        self._fresh = []
+        # those still there: not overwritten since
+        return fresh[(self.kinds[fresh] == RUNNING) & (self.stamps[fresh] < self.waiting[fresh // self.ring])]
+
+    def truncate_open_episodes(self) -> None:
+        """Close the running episodes as truncated: their environments were reset. Each one's newest slot becomes its
+        final observation, since what followed that transition is not known."""
+        for env in range(self.n_envs):
+            newest = env * self.ring + (self.written[env] - 1) % self.ring
+            if self.written[env] == 0 or self.kinds[newest] != RUNNING:
+                continue
+            self.kinds[newest] = TRUNCATED
+            self.weights[newest] = 0.0
+            self.episode[env] += self.n_envs
+            self._release(env, int(self.written[env]))
+
+    def update_priorities(self, slots: np.ndarray, errors: np.ndarray) -> None:
+        """
+        :param slots: int64 [n]
+        :param errors: [n], absolute value errors in the units of the rewards
+        :raises ValueError: an error is NaN or infinite
+        """
+        if not np.isfinite(errors).all():
+            raise ValueError("a priority (absolute value error) is NaN or infinite")
+        self.weights[slots] = (np.abs(errors) + MIN_PRIORITY) ** self.alpha
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> Batch:  # type: ignore[override]
+        """
+        :param batch_size: B
+        :param env: normalises observations and rewards, if given
+        :return: a batch drawn with probabilities proportional to priority ** alpha
+        :raises ValueError: nothing can be sampled yet
+        """
+        filled = min(int(self.written.max()), self.ring)
+        weights = self.weights.reshape(self.n_envs, self.ring)[:, :filled].reshape(-1)
+        cumulated = np.cumsum(weights)
+        total = cumulated[-1] if filled > 0 else 0.0
+        if total <= 0:
+            raise ValueError("the replay buffer has no transition to sample yet")
+        picks = np.searchsorted(cumulated, self.rng.random(batch_size) * total, side="right")
+        # rounding can carry a pick past the last one with a weight
+        picks = np.minimum(picks, np.searchsorted(cumulated, total, side="left"))
+        probabilities = weights[picks] / total
+        importance = (np.count_nonzero(weights) * probabilities) ** -self.beta
+        importance = np.clip(importance / importance.max(), 0.1, 1.0)
+        return self.sequences(picks // filled * self.ring + picks % filled, importance, env)
+
+    def horizons(self, ages: np.ndarray) -> np.ndarray:
+        """
+        V1 Eq. 12: windows shrink with age, since old actions tell ever less of the present policy's value.
+
+        :param ages: [B], transitions
+        :return: int64 [B], n
+        """
+        return np.clip(self.td_steps - ages // self.td_steps_age, self.td_steps_min, self.td_steps)
+
+    def sequences(
+        self,
+        starts: np.ndarray,
+        importance: np.ndarray | None = None,
+        env: VecNormalize | None = None,
+        unroll_steps: int | None = None,
+    ) -> Batch:
+        """
+        :param starts: int64 [B], slots of transitions
+        :param importance: [B], importance weights (None: 1)
+        :param env: normalises observations and rewards, if given
+        :param unroll_steps: U (None: the buffer's)
+        :return: the sequences that begin there
+        """
+        unroll, size = self.unroll_steps if unroll_steps is None else unroll_steps, len(starts)
+        ages = self.total_transitions - self.transitions[starts]
+        horizons = self.horizons(ages)
+        longest = int(horizons.max())
+        offsets = np.arange(unroll + longest + 1)
+        first = starts // self.ring * self.ring
+        slots = first[:, None] + (starts[:, None] - first[:, None] + offsets) % self.ring  # [B, W]
+        # a slot belongs to the sequence if it is of the same episode and was written so many slots later
+        valid = (self.stamps[slots] == self.stamps[starts][:, None] + offsets) & (
+            self.episodes[slots] == self.episodes[starts][:, None]
+        )
+        last = valid.sum(1) - 1  # [B] offset of the last observation
+        kind = self.kinds[slots[np.arange(size), last]]  # [B]
+        ended, terminated = kind != RUNNING, kind == TERMINATED
+        transitions = np.where(ended, last, last + 1)  # [B] number of actions and rewards from the start
+
+        rewards = np.where(offsets < transitions[:, None], self.rewards[slots], 0.0)  # [B, W]
+        if env is not None:
+            rewards = np.where(offsets < transitions[:, None], env.normalize_reward(rewards), 0.0)
+        steps = np.arange(unroll + 1)
+        length = np.clip(np.minimum(horizons[:, None], last[:, None] - steps), 0, None)  # [B, U + 1]
+        windows = np.lib.stride_tricks.sliding_window_view(rewards, longest, axis=1)[:, : unroll + 1]  # [B, U + 1, n]
+        window = np.arange(longest)
+        returns = np.where(window < length[..., None], windows * self.gamma**window, 0.0).sum(-1)
+        ends = np.minimum(steps + length, last[:, None])  # [B, U + 1] offsets of the bootstrap observations
+        discounts = np.where(terminated[:, None] & (ends == last[:, None]), 0.0, float(self.gamma) ** length)
+
+        before_end = steps < transitions[:, None]
+        over = terminated[:, None] & (steps >= last[:, None])  # after a terminal, rewards and values are 0
+        rows = np.arange(size)[:, None]
+        sequence = slots[rows, np.minimum(steps, last[:, None])]  # [B, U + 1]
+        acted = before_end[:, :unroll]
+        actions = self.actions[sequence[:, :unroll]]
+        random = self._random_actions(size, unroll)
+        actions = np.where(acted if self.discrete else acted[..., None], actions, random)
+        return Batch(
+            slots=sequence,
+            observations=self._observations(sequence, env),
+            actions=self.to_torch(actions),
+            rewards=self._float(rewards[:, :unroll]),
+            returns=self._float(returns),
+            bootstrap_observations=self._observations(slots[rows, ends], env),
+            bootstrap_discounts=self._float(discounts),
+            observed=self.to_torch(steps <= last[:, None]),
+            reward_mask=self.to_torch((before_end | over)[:, :unroll]),
+            value_mask=self.to_torch((before_end & (length > 0)) | over),
+            policy_mask=self.to_torch(before_end),
+            weights=self._float(np.ones(size) if importance is None else importance),
+            ages=ages,
+        )
+
+    def _random_actions(self, size: int, unroll: int) -> np.ndarray:
+        if self.discrete:
+            assert isinstance(self.action_space, spaces.Discrete)
+            return self.rng.integers(self.action_space.n, size=(size, unroll))
+        return self.rng.uniform(-1, 1, size=(size, unroll, self.action_dim)).astype(np.float32)
+
+    def _observations(self, slots: np.ndarray, env: VecNormalize | None) -> th.Tensor:
+        observations = self.observations[slots]
+        if env is not None:
+            normalized = env.normalize_obs(observations.reshape(-1, *observations.shape[2:]))
+            assert isinstance(normalized, np.ndarray)
+            observations = normalized.reshape(observations.shape)
+        return self.to_torch(observations, copy=False)
+
+    def _float(self, array: np.ndarray) -> th.Tensor:
+        return self.to_torch(array.astype(np.float32), copy=False)

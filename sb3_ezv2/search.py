@@ -1,0 +1,284 @@
+"""
+Sampling-based Gumbel search (EfficientZero V2 4.2, App. B): the loop between the networks and the tree.
+
+The states of a batch of searches stay in one pool on the model's device; per simulation the tree says which rows to
+expand (:class:`sb3_ezv2.ctree.Tree`), the model makes one step from all of them at once, and two scalars per root
+(with the priors of discrete actions) go back.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.type_aliases import PyTorchObs
+
+from sb3_ezv2.ctree import Tree
+from sb3_ezv2.distributions import CategoricalSupport, SquashedGaussian
+
+MIN_Q_RANGE = 0.01
+"""Least range of the q's when they are normalised, in units of the reward scale (EfficientZero Eq. 10)."""
+
+
+class SearchModel(Protocol):
+    """What the search needs of a model; see :class:`sb3_ezv2.networks.Ezv2Network`."""
+
+    discrete: bool
+    action_dim: int
+    state_dim: int
+    training: bool
+    reward_support: CategoricalSupport
+
+    def initial_inference(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor, th.Tensor]: ...
+
+    def recurrent_inference(
+        self, state: th.Tensor, action: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]: ...
+
+    def eval(self) -> Any: ...
+
+
+class SearchSettings(NamedTuple):
+    """
+    :param n_simulations: simulations per root (S)
+    :param n_sampled_actions: candidates at the root of Box actions (K); discrete actions that enter sequential halving
+    :param n_inner_actions: candidates at the other nodes, Box actions only (M)
+    :param policy_action_fraction: share of the root candidates drawn from the policy, the rest from its flattened version
+    :param flat_std_scale: standard deviation of the flattened policy over the policy's
+    :param c_visit: of sigma, Eq. 19
+    :param c_scale: of sigma, Eq. 19
+    :param gamma: discount of one step
+    """
+
+    n_simulations: int = 32
+    n_sampled_actions: int = 16
+    n_inner_actions: int = 2
+    policy_action_fraction: float = 0.25
+    flat_std_scale: float = 3.0
+    c_visit: float = 50.0
+    c_scale: float = 0.1
+    gamma: float = 0.997
+
+
+class SearchResult(NamedTuple):
+    """
+    Of B searches with K root actions (all actions if discrete).
+
+    :param action: int64 [B], index of the recommended root action a*_S
+    :param policy: [B, K], improved policy over the root actions (Eq. 18)
+    :param value: [B], search-based value (Eq. 10), in the units of the rewards
+    :param candidates: [B, K, A], the root actions in [-1, 1]; None for discrete actions
+    :param network_value: [B], the network's value of the roots
+    :param depth: [B], mean depth of the simulations
+    """
+
+    action: th.Tensor
+    policy: th.Tensor
+    value: th.Tensor
+    candidates: th.Tensor | None
+    network_value: th.Tensor
+    depth: th.Tensor
+
+    def best(self) -> th.Tensor:
+        """:return: the recommended actions, int64 [B] or [B, A] in [-1, 1]"""
+        if self.candidates is None:
+            return self.action
+        return self.candidates[th.arange(len(self.action), device=self.action.device), self.action]
+
+
+class GumbelSearch:
+    """
+    Searches with one model. The trees and the state pool are allocated for the largest batch seen and reused.
+
+    :param model: see :class:`SearchModel`; its weights may change between searches
+    :param settings: see :class:`SearchSettings`
+    :param max_roots: larger batches are searched in pieces of this size, which bounds the memory
+    """
+
+    def __init__(self, model: SearchModel, settings: SearchSettings, max_roots: int = 2048):
+        self.model = model
+        self.settings = settings
+        self.max_roots = max_roots
+        self.num_root_actions = model.action_dim if model.discrete else settings.n_sampled_actions
+        self.num_inner_actions = model.action_dim if model.discrete else settings.n_inner_actions
+        self._workspace: _Workspace | None = None
+        self._recurrent: Callable[..., tuple[th.Tensor, ...]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Storage and traced code are made again when needed
+        return {**self.__dict__, "_workspace": None, "_recurrent": None}
+
+    @th.no_grad()
+    def run(self, obs: PyTorchObs, rng: np.random.Generator | None) -> SearchResult:
+        """
+        :param obs: [B, ...] observations on the model's device
+        :param rng: source of all noise; None: no Gumbel noise and fixed candidates of the policy itself with its mode
+            first, so that the result depends on the observation and the weights alone
+        :return: the results, on the model's device
+        :raises ValueError: the model gave NaN or infinite values
+        """
+        if self.model.training:
+            self.model.eval()
+        num_roots = len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)
+        if num_roots <= self.max_roots:
+            return self._run(obs, rng)
+        parts = []
+        for start in range(0, num_roots, self.max_roots):
+            piece = slice(start, start + self.max_roots)
+            parts.append(self._run({k: v[piece] for k, v in obs.items()} if isinstance(obs, dict) else obs[piece], rng))
+        return SearchResult(*(None if field[0] is None else th.cat(field) for field in zip(*parts)))  # type: ignore[arg-type]
+
+    def _run(self, obs: PyTorchObs, rng: np.random.Generator | None) -> SearchResult:
+        settings = self.settings
+        state, value, policy = self.model.initial_inference(obs)
+        network_value = value
+        num_roots = len(state)
+        work = self._get_workspace(num_roots, state)
+        tree = work.tree
+        states = work.states[: (settings.n_simulations + 1) * num_roots]
+        states[:num_roots] = state
+        root_logits = _to_numpy(policy) if self.model.discrete else work.zeros[:num_roots]
+        gumbel = work.zeros[:num_roots]
+        if self.model.discrete and rng is not None:
+            gumbel = rng.gumbel(size=(num_roots, self.num_root_actions)).astype(np.float32)
+        try:
+            tree.reset(_to_numpy(value), root_logits, gumbel)
+        except ValueError as error:
+            raise ValueError(f"the model's outputs for the observations cannot be searched: {error}") from error
+        candidates, noise = None, None
+        if not self.model.discrete:
+            candidates, noise = self._sample_candidates(policy, rng)
+            # [B * K + S * B * M, A]: the roots' candidates, then those of each simulation's new states
+            actions = work.actions[: num_roots * (self.num_root_actions + settings.n_simulations * self.num_inner_actions)]
+            actions[: num_roots * self.num_root_actions] = candidates.flatten(0, 1)
+        parent, action, edge = (th.from_numpy(index) for index in (tree.parent, tree.action, tree.edge))
+        recurrent = self._get_recurrent(state)
+        device = state.device
+        for simulation in range(settings.n_simulations):
+            tree.select()
+            leaf_action = action.to(device) if self.model.discrete else actions.index_select(0, edge.to(device))
+            new_state, reward, value, policy = recurrent(states.index_select(0, parent.to(device)), leaf_action)
+            first = (simulation + 1) * num_roots
+            states[first : first + num_roots] = new_state
+            try:
+                tree.backup(_to_numpy(reward), _to_numpy(value), _to_numpy(policy) if self.model.discrete else None)
+            except ValueError as error:
+                raise ValueError(f"the model's outputs in simulation {simulation} cannot be searched: {error}") from error
+            if noise is not None:
+                first = num_roots * (self.num_root_actions + simulation * self.num_inner_actions)
+                inner = SquashedGaussian(policy.unsqueeze(1)).sample(noise[simulation])  # [B, M, A]
+                actions[first : first + num_roots * self.num_inner_actions] = inner.flatten(0, 1)
+        return SearchResult(
+            action=th.from_numpy(tree.best_action()).to(device),
+            policy=th.from_numpy(tree.policy()).to(device),
+            value=th.from_numpy(tree.root_value()).to(device),
+            candidates=candidates,
+            network_value=network_value,
+            depth=th.from_numpy(tree.depth()).to(device),
+        )
+
+    def _sample_candidates(self, policy: th.Tensor, rng: np.random.Generator | None) -> tuple[th.Tensor, th.Tensor]:
+        """
+        All noise of a batch of Box searches is drawn at once.
+
+        :param policy: [B, 2A] output of the policy head at the roots
+        :return: root candidates [B, K, A]; standard normal noise of the inner nodes, broadcastable to [S, B, M, A]
+        """
+        settings = self.settings
+        num_roots, num_actions, num_inner = len(policy), self.num_root_actions, self.num_inner_actions
+        action_dim = self.model.action_dim
+        std_scale = np.ones((num_actions, 1), dtype=np.float32)
+        if rng is None:
+            # The same noise for every root: a search does not depend on its batch
+            fixed = np.random.default_rng(0)
+            root_noise = fixed.standard_normal((1, num_actions, action_dim), dtype=np.float32)
+            root_noise[:, 0] = 0.0
+            inner_noise = fixed.standard_normal((settings.n_simulations, 1, num_inner, action_dim), dtype=np.float32)
+        else:
+            from_policy = max(1, round(settings.policy_action_fraction * num_actions))
+            std_scale[from_policy:] = settings.flat_std_scale
+            root_noise = rng.standard_normal((num_roots, num_actions, action_dim), dtype=np.float32)
+            shape = (settings.n_simulations, num_roots, num_inner, action_dim)
+            inner_noise = rng.standard_normal(shape, dtype=np.float32)
+        device = policy.device
+        distribution = SquashedGaussian(policy.unsqueeze(1))
+        candidates = distribution.sample(th.from_numpy(root_noise).to(device), th.from_numpy(std_scale).to(device))
+        return candidates, th.from_numpy(inner_noise).to(device)
+
+    def _get_recurrent(self, state: th.Tensor) -> Callable[..., tuple[th.Tensor, ...]]:
+        """
+        The model's step, traced: for small batches Python's share of the eager step is larger than the arithmetic.
+        The trace shares the model's weights. Where tracing is not available the eager step serves.
+        """
+        if self._recurrent is None:
+            model = self.model
+            if model.discrete:
+                action = th.zeros(len(state), dtype=th.long, device=state.device)
+            else:
+                action = state.new_zeros(len(state), model.action_dim)
+            self._recurrent = model.recurrent_inference
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    traced = th.jit.trace_module(model, {"recurrent_inference": (state, action)}, check_trace=False)
+                    self._recurrent = traced.recurrent_inference
+                except (RuntimeError, AttributeError, NotImplementedError, TypeError):
+                    pass
+        return self._recurrent
+
+    def _get_workspace(self, num_roots: int, state: th.Tensor) -> _Workspace:
+        # The scale is read on every run: it is set after the first transitions have been seen
+        min_q_range = MIN_Q_RANGE * float(self.model.reward_support.scale)
+        work = self._workspace
+        if (
+            work is None
+            or work.tree.num_roots < num_roots
+            or work.min_q_range != min_q_range
+            or work.states.device != state.device
+        ):
+            settings = self.settings
+            nodes = (settings.n_simulations + 1) * num_roots
+            edges = num_roots * (self.num_root_actions + settings.n_simulations * self.num_inner_actions)
+            work = _Workspace(
+                tree=Tree(
+                    num_roots,
+                    settings.n_simulations,
+                    self.num_root_actions,
+                    self.num_inner_actions,
+                    num_considered=min(settings.n_sampled_actions, self.num_root_actions),
+                    discount=settings.gamma,
+                    c_visit=settings.c_visit,
+                    c_scale=settings.c_scale,
+                    min_q_range=min_q_range,
+                    num_threads=th.get_num_threads(),
+                ),
+                min_q_range=min_q_range,
+                states=state.new_empty(nodes, *state.shape[1:]),
+                actions=state.new_empty(0 if self.model.discrete else edges, self.model.action_dim),
+                zeros=np.zeros((num_roots, self.num_root_actions), dtype=np.float32),
+            )
+            self._workspace = work
+        return work
+
+
+class _Workspace(NamedTuple):
+    """
+    Storage of a search, for at most ``tree.num_roots`` roots.
+
+    :param states: [(S + 1) * roots, D], row ``slot * B + root`` for the current batch of B roots
+    :param actions: [roots * K + S * roots * M, A], candidates of Box actions
+    :param zeros: float32 [roots, K]
+    """
+
+    tree: Tree
+    min_q_range: float
+    states: th.Tensor
+    actions: th.Tensor
+    zeros: np.ndarray
+
+
+def _to_numpy(x: th.Tensor) -> np.ndarray:
+    return x.cpu().numpy()
