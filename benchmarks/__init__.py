@@ -1,0 +1,1 @@
+"""Benchmarks of sb3_ezv2: learning curves, their pictures, and the demonstration behind ``make demo``."""

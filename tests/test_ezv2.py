@@ -1,0 +1,347 @@
+"""EZV2 as an SB3 user meets it: spaces, saving, loading, callbacks, logs, determinism."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from common import BOX, TINY, SpacesEnv
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+
+from sb3_ezv2 import EZV2, MlpPolicy
+
+OBSERVATION_SPACES = [
+    BOX,
+    spaces.Box(-10.0, 10.0, (2, 3), np.float64),
+    spaces.Discrete(5),
+    spaces.MultiBinary(4),
+    spaces.MultiDiscrete([3, 2, 4]),
+]
+ACTION_SPACES = [
+    spaces.Discrete(3),
+    spaces.Discrete(2, start=5),
+    spaces.Discrete(1),
+    spaces.Box(-1.0, 1.0, (1,), np.float32),
+    spaces.Box(np.array([-3.0, 0.0]), np.array([-1.0, 100.0]), (2,), np.float64),
+    spaces.Box(-2.0, 2.0, (2, 2), np.float32),
+    spaces.Box(np.array([0.0, 1.0], np.float32), np.array([1.0, 1.0], np.float32)),
+]
+
+
+def make(env: Any = "CartPole-v1", **settings: Any) -> EZV2:
+    return EZV2("MlpPolicy", env, **{"seed": 0, **TINY, **settings})
+
+
+def parameters(model: EZV2) -> th.Tensor:
+    tensors = [x.float().flatten() for x in model.policy.state_dict().values()]
+    return th.cat(tensors)
+
+
+@pytest.mark.parametrize("observation_space", OBSERVATION_SPACES, ids=str)
+def test_observation_spaces(observation_space: spaces.Space) -> None:
+    model = make(SpacesEnv(observation_space, spaces.Discrete(2))).learn(60)
+    assert model._n_updates == 20
+    evaluate_policy(model, model.get_env(), n_eval_episodes=2)
+
+
+@pytest.mark.parametrize("action_space", ACTION_SPACES, ids=str)
+def test_action_spaces(action_space: spaces.Space) -> None:
+    env = SpacesEnv(BOX, action_space)
+    model = make(env).learn(60)
+    for deterministic in (True, False):
+        observations = np.stack([BOX.sample() for _ in range(7)])
+        actions, _ = model.predict(observations, deterministic=deterministic)
+        assert actions.shape == (7, *action_space.shape)
+        assert all(action_space.contains(action.astype(action_space.dtype)) for action in actions)
+        action, _ = model.predict(observations[0], deterministic=deterministic)
+        assert np.shape(action) == action_space.shape
+    # What is stored is scaled: bounds never reach the model
+    assert model.replay_buffer is not None
+    stored = model.replay_buffer.actions[model.replay_buffer.stamps >= 0]
+    if isinstance(action_space, spaces.Box):
+        assert stored.shape[1:] == (int(np.prod(action_space.shape)),) and np.abs(stored).max() <= 1
+    else:
+        assert stored.min() >= 0 and stored.max() < action_space.n
+
+
+def test_fewer_actions_short_episodes_small_buffer() -> None:
+    """These simply work: n_sampled_actions above the actions, episodes shorter than the unroll, a buffer below a batch."""
+    model = make(SpacesEnv(BOX, spaces.Discrete(2), length=1), n_sampled_actions=16).learn(60)
+    assert model._n_updates == 20
+    model = make(SpacesEnv(BOX, spaces.Discrete(2), length=3, truncates=True), buffer_size=30, batch_size=64).learn(120)
+    assert model._n_updates == 80
+    model = make(SpacesEnv(BOX, spaces.Discrete(2), length=100), learning_starts=0).learn(30)
+    assert model._n_updates == 29  # the first step has no next observation yet
+
+
+@pytest.mark.parametrize("n_envs, gradient_steps, updates", [(1, 1, 40), (3, 1, 14), (3, -1, 42), (2, 5, 100)])
+def test_number_of_updates(n_envs: int, gradient_steps: int, updates: int) -> None:
+    env = make_vec_env("CartPole-v1", n_envs=n_envs)
+    model = make(env, gradient_steps=gradient_steps).learn(80)
+    assert model._n_updates == updates
+
+
+def test_train_freq_in_episodes_and_final_gradient_steps() -> None:
+    env = SpacesEnv(BOX, spaces.Discrete(2), length=10)
+    model = make(env, train_freq=(1, "episode"), gradient_steps=3, final_gradient_steps=7).learn(80)
+    assert model._n_updates == 4 * 3 + 7
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(value_target="td"),
+        dict(value_target="search"),
+        dict(mixed_value_start=5, fresh_transitions=10),
+        dict(tau=1.0, td_steps=5),
+        dict(reanalyze_cache=False),
+        dict(policy_target="best_action"),
+        dict(policy_target="candidates"),
+        dict(td_steps=3, unroll_steps=6, td_steps_min=1, td_steps_age=5),
+        dict(gamma=1.0, ent_coef=0.0, consistency_coef=0.0),
+        dict(n_simulations=1, n_sampled_actions=1, n_inner_actions=1),
+        dict(learning_rate=lambda progress: 1e-3 * progress),
+        dict(
+            policy_kwargs=dict(
+                net_arch=[8, 12],
+                state_dim=8,
+                n_blocks=2,
+                value_support=(299.0, 51, "h"),
+                reward_support=[2.0, 51, "h"],
+                reward_scale=1.0,
+                optimizer_class=th.optim.SGD,
+                optimizer_kwargs=dict(momentum=0.9),
+            )
+        ),
+    ],
+    ids=lambda settings: ",".join(settings),
+)
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_settings_run(settings: dict[str, Any], env_id: str) -> None:
+    model = make(env_id, **settings)
+    before = parameters(model)
+    model.learn(60)
+    assert model._n_updates == 20 and not th.equal(before, parameters(model))
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_same_seed_same_run(env_id: str) -> None:
+    runs = [parameters(make(env_id, seed=seed).learn(80)) for seed in (3, 3, 4)]
+    assert th.equal(runs[0], runs[1])
+    assert not th.equal(runs[0], runs[2])
+
+
+class _Evaluate(BaseCallback):
+    """predict(), evaluation and global random draws in the middle of training."""
+
+    def _on_step(self) -> bool:
+        if self.n_calls % 10 == 0:
+            observations = np.stack([self.training_env.observation_space.sample() for _ in range(3)])
+            self.model.predict(observations, deterministic=True)
+            self.model.predict(observations, deterministic=False)
+            evaluate_policy(self.model, make_vec_env("CartPole-v1", 2), n_eval_episodes=2, warn=False)
+            np.random.rand(5), th.rand(5)
+        return True
+
+
+def test_evaluating_does_not_change_training() -> None:
+    settings = dict(learning_starts=0)  # the uniform actions before come from the space's own generator
+    assert th.equal(parameters(make(**settings).learn(60)), parameters(make(**settings).learn(60, callback=_Evaluate())))
+
+
+def test_predict_is_deterministic_and_keeps_the_policy() -> None:
+    for env_id in ("CartPole-v1", "Pendulum-v1"):
+        model = make(env_id).learn(60)
+        observations = np.stack([model.observation_space.sample() for _ in range(9)])
+        state = parameters(model)
+        first, _ = model.predict(observations, deterministic=True)
+        for index in range(9):  # a function of the observation alone, whatever else is in the batch
+            single, _ = model.predict(observations[index], deterministic=True)
+            np.testing.assert_allclose(single, first[index], atol=1e-4)
+        assert th.equal(state, parameters(model))
+        samples = [model.predict(observations, deterministic=False)[0] for _ in range(5)]
+        assert any(not np.array_equal(samples[0], other) for other in samples[1:])
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_save_load_goes_on_identically(tmp_path: Path, env_id: str) -> None:
+    model = make(make_vec_env(env_id, 2, seed=1), gradient_steps=-1).learn(100)
+    model.save(tmp_path / "agent")
+    model.save_replay_buffer(tmp_path / "replay")
+    loaded = EZV2.load(tmp_path / "agent", env=make_vec_env(env_id, 2, seed=1))
+    loaded.load_replay_buffer(tmp_path / "replay")
+    assert th.equal(parameters(model), parameters(loaded))
+    observations = np.stack([model.observation_space.sample() for _ in range(5)])
+    np.testing.assert_array_equal(
+        model.predict(observations, deterministic=True)[0], loaded.predict(observations, deterministic=True)[0]
+    )
+    # Both from a reset of equally seeded environments
+    model.set_env(make_vec_env(env_id, 2, seed=1))
+    model._reanalyzer = None  # the searches that it remembers are not saved
+    for agent in (model, loaded):
+        agent.learn(50, reset_num_timesteps=False)
+    assert model.num_timesteps == loaded.num_timesteps == 150
+    assert th.equal(parameters(model), parameters(loaded))
+    assert model.policy.optimizer.state_dict()["state"].keys() == loaded.policy.optimizer.state_dict()["state"].keys()
+
+
+def test_load_without_env_and_other_spaces(tmp_path: Path) -> None:
+    model = make("CartPole-v1").learn(50)
+    model.save(tmp_path / "agent.zip")
+    loaded = EZV2.load(tmp_path / "agent.zip", device="cpu")
+    assert loaded.replay_buffer is None  # nothing is allocated to predict
+    loaded.predict(model.observation_space.sample())
+    loaded.set_env(gym.make("CartPole-v1"))
+    loaded.learn(20)
+    with pytest.raises(ValueError, match="Observation spaces do not match"):
+        EZV2.load(tmp_path / "agent.zip", env=gym.make("Pendulum-v1"))
+    with pytest.raises(ValueError, match="Action spaces do not match"):
+        EZV2.load(tmp_path / "agent.zip", env=SpacesEnv(model.observation_space, spaces.Discrete(5)))
+    changed = EZV2.load(tmp_path / "agent.zip", env=gym.make("CartPole-v1"), n_simulations=7)
+    assert changed.policy.search.settings.n_simulations == 7
+
+
+def test_failed_save_keeps_the_last_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    model.save(tmp_path / "agent")
+    before = (tmp_path / "agent.zip").read_bytes()
+    monkeypatch.setattr(th, "save", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        model.save(tmp_path / "agent")
+    assert (tmp_path / "agent.zip").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["agent.zip"]
+
+
+def test_parameters_policy_save_deepcopy_pickle(tmp_path: Path) -> None:
+    model = make("Pendulum-v1").learn(60)
+    other = make("Pendulum-v1", seed=9)
+    other.set_parameters(model.get_parameters())
+    assert th.equal(parameters(model), parameters(other))
+    observation = model.observation_space.sample()
+    action, _ = model.predict(observation, deterministic=True)
+    model.policy.save(tmp_path / "policy")
+    policies = [MlpPolicy.load(tmp_path / "policy"), copy.deepcopy(model.policy), pickle.loads(pickle.dumps(model.policy))]
+    for policy in policies:
+        np.testing.assert_array_equal(policy.predict(observation, deterministic=True)[0], action)
+        # a copy searches with its own weights
+        th.nn.init.normal_(policy.network.value_head.mlp[-1].weight)
+        assert policy.search.model is policy.network
+    np.testing.assert_array_equal(model.predict(observation, deterministic=True)[0], action)
+
+
+def test_set_env_and_two_learns() -> None:
+    model = make(make_vec_env("CartPole-v1", 2)).learn(60)
+    updates = model._n_updates
+    model.set_env(make_vec_env("CartPole-v1", 2))
+    model.learn(40, reset_num_timesteps=False)
+    assert model.num_timesteps == 100 and model._n_updates > updates
+    with pytest.raises(AssertionError, match="number of environments"):
+        model.set_env(make_vec_env("CartPole-v1", 3))
+    model.replay_buffer.n_envs = 1  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="replay buffer holds 1 environments"):
+        model.learn(10)
+
+
+def test_episodes_cut_by_a_reset_are_truncated() -> None:
+    model = make(SpacesEnv(BOX, spaces.Discrete(2), length=1000)).learn(50)
+    model.learn(50)
+    assert model.replay_buffer is not None
+    kinds = model.replay_buffer.kinds[model.replay_buffer.stamps >= 0]
+    assert kinds.tolist().count(2) == 1 and kinds[49] == 2
+
+
+def test_callbacks_logs_and_progress_bar(tmp_path: Path) -> None:
+    model = make("CartPole-v1", tensorboard_log=str(tmp_path / "tensorboard"))
+    model.set_logger(configure(str(tmp_path / "log"), ["csv", "json"]))
+    evaluation = EvalCallback(make_vec_env("CartPole-v1", 2), eval_freq=50, n_eval_episodes=2, verbose=0)
+    checkpoints = CheckpointCallback(50, str(tmp_path / "checkpoints"), save_replay_buffer=True)
+    model.learn(120, callback=[evaluation, checkpoints], log_interval=1, progress_bar=True)
+    assert evaluation.n_calls == 120 and evaluation.last_mean_reward > 0
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4
+    header = (tmp_path / "log" / "progress.csv").read_text().splitlines()[0].split(",")
+    for name in (
+        "train/loss", "train/reward_loss", "train/policy_loss", "train/value_loss", "train/consistency_loss",
+        "train/policy_entropy", "train/value_error", "train/grad_norm", "train/learning_rate", "train/n_updates",
+        "target/td_value", "target/search_value", "target/search_share", "target/value_clipped",
+        "search/acting_value", "search/acting_depth", "search/root_value", "search/depth", "search/policy_entropy",
+        "search/reused", "rollout/ep_rew_mean",
+    ):  # fmt: skip
+        assert name in header, name
+
+
+def test_warmup_and_schedule_of_the_learning_rate() -> None:
+    rates: list[float] = []
+
+    class Record(BaseCallback):
+        def _on_step(self) -> bool:
+            rates.append(self.model.policy.optimizer.param_groups[0]["lr"])
+            return True
+
+    make("CartPole-v1", learning_rate=0.01, warmup_fraction=0.5, learning_starts=20).learn(120, callback=Record())
+    learning = rates[21:]  # the rate seen at a step is that of the update before
+    np.testing.assert_allclose(learning[:50], 0.01 * np.arange(1, 51) / 50, rtol=1e-6)
+    np.testing.assert_allclose(learning[50:], 0.01)
+
+
+def test_vec_normalize_and_subprocesses() -> None:
+    env = VecNormalize(make_vec_env("Pendulum-v1", 2, vec_env_cls=SubprocVecEnv))
+    model = make(env).learn(100)
+    assert model._n_updates == 30 and model.replay_buffer is not None
+    # stored as the environment gave them
+    assert np.abs(model.replay_buffer.rewards).max() > 1
+    env.close()
+
+
+def test_rewards_of_any_scale_are_learned_alike() -> None:
+    """The same run with rewards times a power of two makes the same decisions: supports, search and priorities scale."""
+
+    class Scaled(gym.RewardWrapper):
+        def __init__(self, env: gym.Env, factor: float):
+            super().__init__(env)
+            self.factor = factor
+
+        def reward(self, reward: Any) -> float:
+            return float(reward) * self.factor
+
+    actions = []
+    for factor in (1.0, 2.0**-20, -(2.0**20), 2.0**20):
+        model = make(Scaled(gym.make("Pendulum-v1"), factor)).learn(100)
+        assert model.replay_buffer is not None
+        actions.append(model.replay_buffer.actions[:90])
+    np.testing.assert_allclose(actions[0], actions[3], atol=2e-3)
+    assert not np.allclose(actions[0], actions[2], atol=2e-3)  # the other sign is another task
+
+
+def test_time_limit_bootstraps_and_termination_does_not() -> None:
+    """A reward of 1 for ever, in episodes of 4 steps: V is 1 / (1 - gamma) if they are truncated, else about the steps left."""
+    values = {}
+    for truncates in (True, False):
+        env = SpacesEnv(spaces.Box(0.0, 1.0, (1,), np.float32), spaces.Discrete(1), length=4, truncates=truncates)
+        model = make(env, gamma=0.8, target_update_interval=50, learning_rate=1e-3, tau=0.05).learn(500)
+        with th.no_grad():
+            values[truncates] = float(model.policy.network.eval().values(th.rand(50, 1)).mean())
+    assert values[True] == pytest.approx(1 / (1 - 0.8), abs=0.7)
+    # the observation does not tell the steps left: the mean of 1, 1.8, 2.44, 2.95
+    assert values[False] == pytest.approx(2.05, abs=0.6)
+
+
+def test_any_number_of_envs_stores_each_episode_apart() -> None:
+    env = DummyVecEnv([lambda n=n: SpacesEnv(BOX, spaces.Discrete(2), length=n) for n in (3, 5, 7)])
+    model = make(env).learn(105)
+    buffer = model.replay_buffer
+    assert buffer is not None and buffer.total_transitions == 105
+    for index, length in enumerate((3, 5, 7)):
+        ring = slice(index * buffer.ring, index * buffer.ring + int(buffer.written[index]))
+        finals = np.flatnonzero(buffer.kinds[ring])
+        np.testing.assert_array_equal(np.diff(finals), length + 1)
