@@ -16,13 +16,9 @@ import inspect
 import json
 import os
 import pickle
-import platform
-import random
 import re
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -40,8 +36,10 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from benchmarks.checkpoints import Checkpoints, random_states, set_random_states
 from benchmarks.envs import make_vec_env
 from benchmarks.plots import COLUMNS, Row, draw, read_rows, summary
+from benchmarks.provenance import commit, machine
 from benchmarks.settings import SMALL
 
 #: Where each algorithm is found. All but the first are baselines to compare with.
@@ -128,37 +126,6 @@ class Run:
         return " ".join(f"{key}={value}" for key, value in {**parts, **self.params, **self.texts}.items())
 
 
-def machine() -> str:
-    """The processor, its cores, the threads used and the version of torch; nothing that tells whose machine it is."""
-    model = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    parts = [model, f"{os.cpu_count()} cores", f"torch threads {th.get_num_threads()}", f"torch {th.__version__}"]
-    if th.cuda.is_available():
-        parts.append(th.cuda.get_device_name())
-    return ", ".join(parts)
-
-
-def commit() -> str:
-    """
-    The commit of the code: git's short hash, with "-dirty" if files differ from it; "unknown" outside a repository.
-
-    Results do not count as differences, or every second run into the working tree would be a dirty one.
-    """
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + (
-            "-dirty" if git("status", "--porcelain", "--", ".", ":!benchmarks/results") else ""
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def algorithm(name: str) -> type[BaseAlgorithm]:
     """
     Import an algorithm.
@@ -182,75 +149,6 @@ class _LastValues(KVWriter):
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
         self.values.update(key_values)
-
-
-class Checkpoints:
-    """
-    The saved state of an unfinished run: a folder per checkpoint, of which the newest complete one counts.
-
-    A checkpoint is written under a temporary name and renamed when it is whole, and only then is the older one removed:
-    a process killed at any moment leaves a usable one.
-
-    :param run: the run
-    """
-
-    def __init__(self, run: Run):
-        self.root = run.out / "checkpoints"
-        self.name = run.name
-
-    def _folders(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        found = [(re.fullmatch(re.escape(self.name) + r"_step(\d+)", path.name), path) for path in self.root.glob("*")]
-        return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
-
-    def save(self, model: BaseAlgorithm, state: dict[str, Any]) -> None:
-        """
-        :param model: the agent, between two updates
-        :param state: everything else that the run needs, picklable
-        """
-        self.root.mkdir(parents=True, exist_ok=True)
-        # Checkpoints are large and short-lived: no repository shall pick them up.
-        (self.root / ".gitignore").write_text("*\n", encoding="utf-8")
-        older = self._folders()
-        final = self.root / f"{self.name}_step{model.num_timesteps}"
-        if final in older:
-            return
-        part = final.with_name(final.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        model.save(part / "agent.zip")
-        if getattr(model, "replay_buffer", None) is not None:
-            model.save_replay_buffer(part / "replay_buffer.pkl")  # type: ignore[attr-defined]
-        (part / "state.pkl").write_bytes(pickle.dumps(state))
-        part.rename(final)
-        for folder in older:
-            shutil.rmtree(folder)
-
-    def newest(self) -> Path | None:
-        """The folder to go on from, if there is one."""
-        return (self._folders() or [None])[-1]  # type: ignore[list-item]
-
-    def remove(self) -> None:
-        """Forget this run's checkpoints, incomplete ones too."""
-        for path in [*self._folders(), *self.root.glob(f"{self.name}_step*.part")]:
-            shutil.rmtree(path, ignore_errors=True)
-        if self.root.is_dir() and [path.name for path in self.root.iterdir()] == [".gitignore"]:
-            shutil.rmtree(self.root)
-
-
-def _random_states() -> dict[str, Any]:
-    """The states of the process's generators."""
-    cuda = th.cuda.get_rng_state_all() if th.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": th.get_rng_state(), "cuda": cuda}
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    """Undo whatever was drawn since :func:`_random_states`."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    th.set_rng_state(states["torch"])
-    if states["cuda"]:
-        th.cuda.set_rng_state_all(states["cuda"])
 
 
 class _Stop:
@@ -393,7 +291,7 @@ class _Measure(BaseCallback):
             "csv_bytes": self.run.csv.stat().st_size,
             "action_space": self.model.action_space,
             "envs": self.train_env.env_method("snapshot"),
-            "random": _random_states(),
+            "random": random_states(),
         }
         Checkpoints(self.run).save(self.model, state)
         self.saved_at = time.monotonic()
@@ -408,7 +306,7 @@ def _found(run: Run) -> tuple[list[Row], Path | None, dict[str, Any] | None]:
     if not run.csv.exists():
         return [], None, None
     rows = read_rows([run.csv])
-    folder = Checkpoints(run).newest()
+    folder = Checkpoints(run.out, run.name).newest()
     state = pickle.loads((folder / "state.pkl").read_bytes()) if folder else None
     for algo, settings in [(row["algo"], row["settings"]) for row in rows] + ([state["made_with"]] if state else []):
         if (algo, settings) != (run.algo, run.settings):
@@ -437,7 +335,7 @@ def _load(run: Run, env: DummyVecEnv, folder: Path, state: dict[str, Any]) -> Ba
         model.load_replay_buffer(folder / "replay_buffer.pkl")  # type: ignore[attr-defined]
     # load() has seeded everything anew.
     model.action_space = state["action_space"]
-    _set_random_states(state["random"])
+    set_random_states(state["random"])
     return model
 
 
@@ -451,7 +349,7 @@ def train(run: Run, stop: _Stop | None = None, resume: bool = True) -> bool:
     :return: whether the run is finished
     """
     stop = stop or _Stop(None)
-    checkpoints = Checkpoints(run)
+    checkpoints = Checkpoints(run.out, run.name)
     rows, folder, state = _found(run) if resume else ([], None, None)
     if rows and rows[-1]["step"] >= run.steps:
         checkpoints.remove()

@@ -29,7 +29,7 @@ from sb3_ezv2.validation import check_finite, check_options, check_settings, che
 
 SelfEZV2 = TypeVar("SelfEZV2", bound="EZV2")
 
-TD_STEPS_AGE_FRACTION = 0.02
+TD_STEPS_AGE_FRACTION = 0.01
 """``td_steps_age`` of None, as a share of the planned steps."""
 
 
@@ -56,7 +56,7 @@ class EZV2(OffPolicyAlgorithm):
     :param td_steps: length of a fresh transition's value window
     :param td_steps_min: length of an old transition's value window; the paper has 5 and 5
     :param td_steps_age: the window is one step shorter for each so many transitions collected since
-        (EfficientZero Eq. 12). None: 2% of the planned steps
+        (EfficientZero Eq. 12). None: 1% of the planned steps
     :param n_simulations: simulations of a search
     :param n_sampled_actions: Box: candidate actions at the root. Discrete: actions that enter sequential halving
     :param n_inner_actions: Box: candidate actions at the other nodes
@@ -111,7 +111,7 @@ class EZV2(OffPolicyAlgorithm):
         buffer_size: int = 100_000,
         learning_starts: int = 1_000,
         batch_size: int = 256,
-        gamma: float = 0.997,
+        gamma: float = 0.99,
         train_freq: int | tuple[int, str] = 1,
         gradient_steps: int = 1,
         tau: float = 0.01,
@@ -526,9 +526,9 @@ class EZV2(OffPolicyAlgorithm):
 
         self._n_updates += 1
         if self.tau < 1.0:
-            follow = get_ema_multi_avg_fn(1 - self.tau)
+            # weights and running statistics
             with th.no_grad():
-                follow(_float_tensors(policy.bootstrap_network), _float_tensors(network), None)
+                get_ema_multi_avg_fn(1 - self.tau)(policy.bootstrap_network.float_tensors(), network.float_tensors(), None)
         if self._n_updates % self.acting_update_interval == 0:
             policy.acting_network.load_state_dict(network.state_dict())
         if self._n_updates % self.target_update_interval == 0:
@@ -555,7 +555,9 @@ class EZV2(OffPolicyAlgorithm):
         finite = th.isfinite(th.stack([term.detach() for term in terms.values()])).tolist()
         for name, ok in list(zip(terms, finite))[::-1]:
             if not ok and name not in ("total", "gradient norm"):
-                raise ValueError(self._not_finite(f"the {name.replace('_', ' ')} loss" if name != "entropy" else "the entropy"))
+                raise ValueError(
+                    self._not_finite(f"the {name.replace('_', ' ')} loss" if name != "entropy" else "the entropy")
+                )
         if not all(finite):
             raise ValueError(self._not_finite("the gradient"))
 
@@ -580,8 +582,3 @@ class EZV2(OffPolicyAlgorithm):
             self.logger.record(name, float(total) / count)
         self._stats = {}
         super().dump_logs()
-
-
-def _float_tensors(network: th.nn.Module) -> list[th.Tensor]:
-    """Parameters and running statistics."""
-    return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]

@@ -123,11 +123,7 @@ def compute_losses(
     consistency = _sum(-similarity, batch.observed[:, 1:])
 
     per_sequence = (
-        reward_coef * reward
-        + policy_coef * policy
-        + vf_coef * value
-        + consistency_coef * consistency
-        - ent_coef * entropy
+        reward_coef * reward + policy_coef * policy + vf_coef * value + consistency_coef * consistency - ent_coef * entropy
     )
     weights = batch.weights
 

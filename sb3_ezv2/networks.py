@@ -125,6 +125,7 @@ class Ezv2Network(nn.Module):
     :param state_dim: D, width of the latent state
     :param n_blocks: residual blocks of the representation and of the dynamics
     :param action_embedding_dim: width of the action embedding
+    :param projection_dim: hidden width of the projection and of its predictor
     :param value_support: what the value head can express
     :param reward_support: what the reward head can express
     :param normalize_images: as in SB3's policies
@@ -141,6 +142,7 @@ class Ezv2Network(nn.Module):
         state_dim: int,
         n_blocks: int,
         action_embedding_dim: int,
+        projection_dim: int,
         value_support: SupportSpec,
         reward_support: SupportSpec,
         normalize_images: bool = True,
@@ -173,18 +175,20 @@ class Ezv2Network(nn.Module):
         self.value_head = Head(state_dim, net_arch, self.value_support.size)
         self.reward_head = Head(state_dim, net_arch, self.reward_support.size)
         self.policy_head = Head(state_dim, net_arch, policy_outputs)
-        wide = 4 * state_dim  # 512 for the paper's 128
         self.projection = nn.Sequential(
-            nn.Linear(state_dim, wide),
-            nn.BatchNorm1d(wide),
+            nn.Linear(state_dim, projection_dim),
+            nn.BatchNorm1d(projection_dim),
             nn.ReLU(),
-            nn.Linear(wide, wide),
-            nn.BatchNorm1d(wide),
+            nn.Linear(projection_dim, projection_dim),
+            nn.BatchNorm1d(projection_dim),
             nn.ReLU(),
-            nn.Linear(wide, state_dim),
+            nn.Linear(projection_dim, state_dim),
         )
         self.projection_predictor = nn.Sequential(
-            nn.Linear(state_dim, wide), nn.BatchNorm1d(wide), nn.ReLU(), nn.Linear(wide, state_dim)
+            nn.Linear(state_dim, projection_dim),
+            nn.BatchNorm1d(projection_dim),
+            nn.ReLU(),
+            nn.Linear(projection_dim, state_dim),
         )
 
     def features(self, obs: PyTorchObs) -> th.Tensor:
@@ -219,9 +223,7 @@ class Ezv2Network(nn.Module):
         state = self.represent(obs)
         return state, self.value_support.decode(self.value_head(state)), self.policy_head(state)
 
-    def recurrent_inference(
-        self, state: th.Tensor, action: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+    def recurrent_inference(self, state: th.Tensor, action: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
         """
         :param state: [B, D]
         :param action: int64 [B] or float [B, A]
@@ -235,6 +237,10 @@ class Ezv2Network(nn.Module):
     def values(self, obs: PyTorchObs) -> th.Tensor:
         """:param obs: [B, ...] :return: [B] values in the units of the rewards"""
         return self.value_support.decode(self.value_head(self.represent(obs)))
+
+    def float_tensors(self) -> list[th.Tensor]:
+        """:return: parameters and running statistics, in a fixed order"""
+        return [x for x in [*self.parameters(), *self.buffers()] if x.is_floating_point()]
 
     def set_reward_scale(self, scale: float) -> None:
         """What one unit of the supports is worth, in the units of the rewards. :param scale: above 0"""

@@ -95,6 +95,7 @@ class SequenceReplayBuffer(ReplayBuffer):
     ):
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         self.ring = buffer_size // n_envs
+        self.handle_timeout_termination = True  # SB3 asks for it when it loads a buffer
         # A start is sampled when its own window is complete and every unrolled step has at least one reward
         self.wait = max(td_steps, unroll_steps) + 1
         if self.ring < self.wait + 2:

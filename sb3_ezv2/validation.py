@@ -13,7 +13,7 @@ UNSUPPORTED_OPTIONS = {
     "use_sde": "EZV2 explores by the noise of its search, so gSDE (use_sde) does not apply: remove it.",
     "sde_sample_freq": "EZV2 explores by the noise of its search, so gSDE (sde_sample_freq) does not apply: remove it.",
     "use_sde_at_warmup": "EZV2 explores by the noise of its search, so gSDE (use_sde_at_warmup) does not apply: remove it.",
-    "optimize_memory_usage": "EZV2's replay stores every observation once, so optimize_memory_usage does not apply: remove it.",
+    "optimize_memory_usage": "EZV2's replay stores every observation once, so optimize_memory_usage does not apply.",
     "n_steps": "EZV2 calls the length of its value windows td_steps, not n_steps.",
 }
 
@@ -34,7 +34,7 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
             raise ValueError(f"Box actions must be of a floating dtype, not {action_space.dtype}.")
         if not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
             raise ValueError(
-                "Box actions must have finite bounds: wrap the environment with gymnasium.wrappers.RescaleAction or ClipAction."
+                "Box actions must have finite bounds: give the environment some, for instance with a gymnasium wrapper."
             )
         if int(np.prod(action_space.shape)) == 0:
             raise ValueError("the action space has no dimension at all.")

@@ -31,9 +31,7 @@ class SpacesEnv(gym.Env):
     :param truncates: episodes end by truncation, otherwise by termination
     """
 
-    def __init__(
-        self, observation_space: spaces.Space, action_space: spaces.Space, length: int = 11, truncates: bool = False
-    ):
+    def __init__(self, observation_space: spaces.Space, action_space: spaces.Space, length: int = 11, truncates: bool = False):
         self.observation_space = observation_space
         self.action_space = action_space
         self.length = length
@@ -80,6 +78,6 @@ class FaultyEnv(SpacesEnv):
         if self.total >= self.at:
             if self.fault == "reward":
                 reward = float("nan")
-            elif self.fault == "observation" and not terminated or self.fault == "final observation" and terminated:
+            elif (self.fault == "observation" and not terminated) or (self.fault == "final observation" and terminated):
                 obs = np.full_like(obs, np.inf)
         return obs, reward, terminated, truncated, info

@@ -324,7 +324,7 @@ def test_rewards_of_any_scale_are_learned_alike() -> None:
 
 
 def test_time_limit_bootstraps_and_termination_does_not() -> None:
-    """A reward of 1 for ever, in episodes of 4 steps: V is 1 / (1 - gamma) if they are truncated, else about the steps left."""
+    """A reward of 1 for ever, in episodes of 4 steps: V is 1 / (1 - gamma) if truncated, else about the steps left."""
     values = {}
     for truncates in (True, False):
         env = SpacesEnv(spaces.Box(0.0, 1.0, (1,), np.float32), spaces.Discrete(1), length=4, truncates=truncates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from sb3_ezv2.distributions import SquashedGaussian, SupportSpec
-from sb3_ezv2.networks import Ezv2Network, RunningNorm
+from sb3_ezv2.networks import Ezv2Network, ResidualBlock, RunningNorm
 
 BOX = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 ACTION_SPACES = [spaces.Discrete(4), spaces.Box(-1.0, 1.0, (1,)), spaces.Box(-1.0, 1.0, (2, 3))]
@@ -26,6 +27,8 @@ def make(observation_space: spaces.Space = BOX, action_space: spaces.Space = ACT
         state_dim=8,
         n_blocks=1,
         action_embedding_dim=4,
+        projection_dim=32,
+        projection_dim=12,
         value_support=SupportSpec(299.0, 51, "h"),
         reward_support=SupportSpec(2.0, 21, "h"),
     )
@@ -36,7 +39,7 @@ def make(observation_space: spaces.Space = BOX, action_space: spaces.Space = ACT
 def paper_model() -> Ezv2Network:
     """Of Table 7: Walker Run has 24 observations and 6 actions."""
     observation_space, action_space = spaces.Box(-np.inf, np.inf, (24,)), spaces.Box(-1.0, 1.0, (6,))
-    sizes = dict(net_arch=[256], state_dim=128, n_blocks=3, action_embedding_dim=64)
+    sizes: dict[str, Any] = dict(net_arch=[256], state_dim=128, n_blocks=3, action_embedding_dim=64, projection_dim=512)
     return make(observation_space, action_space, reward_support=SupportSpec(2.0, 51, "h"), **sizes)
 
 
@@ -45,7 +48,7 @@ def randomise(network: Ezv2Network, seed: int = 1) -> Ezv2Network:
     generator = th.Generator().manual_seed(seed)
     with th.no_grad():
         for parameter in network.parameters():
-            parameter += 0.3 * th.randn(parameter.shape, generator=generator)
+            parameter.add_(0.3 * th.randn(parameter.shape, generator=generator))
         for module in network.modules():
             if isinstance(module, nn.BatchNorm1d):
                 assert module.running_mean is not None and module.running_var is not None
@@ -76,7 +79,7 @@ def test_parts_of_the_papers_model() -> None:
     """App. G, counted by hand: a Linear of n to m has nm + m numbers, a norm of n has 2n."""
 
     def linear(*widths: int) -> int:
-        return sum(n * m + m for n, m in zip(widths, widths[1:]))
+        return sum(n * m + m for n, m in itertools.pairwise(widths))
 
     network = paper_model()
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in network.named_children()}
@@ -127,7 +130,7 @@ def test_shapes_and_parts(action_space: spaces.Space) -> None:
     observations, actions = th.randn(5, 3), random_actions(network, 5)
     state, value, policy = network.initial_inference(observations)
     outputs = network.action_dim if network.discrete else 2 * network.action_dim
-    assert network.action_dim == (4 if network.discrete else np.prod(action_space.shape))
+    assert network.action_dim == (4 if network.discrete else spaces.flatdim(action_space))
     assert state.shape == (5, 8) and value.shape == (5,) and policy.shape == (5, outputs)
     th.testing.assert_close(state, network.represent(observations))
     th.testing.assert_close(value, network.values(observations))
@@ -171,6 +174,24 @@ def test_the_next_state_depends_on_state_and_every_part_of_the_action(action_spa
     network.dynamics_step(state, action).square().sum().backward()
     assert action.grad is not None and state.grad is not None
     assert (action.grad.abs() > 1e-6).all() and (state.grad.abs() > 1e-6).all()
+
+
+def test_states_pass_through_residual_links() -> None:
+    """Branches that give 0 leave the state alone: in the dynamics as a whole, and in every tower."""
+    network = randomise(make()).eval()
+    for tower in (network.representation, network.dynamics.tower, network.value_head.trunk[0]):
+        for block in tower.modules():
+            if isinstance(block, ResidualBlock):
+                for parameter in block.branch[-1].parameters():
+                    nn.init.zeros_(parameter)
+    for parameter in network.dynamics.joint[-1].parameters():
+        nn.init.zeros_(parameter)
+    observations = th.randn(5, 3)
+    state = network.represent(observations)
+    linear, norm = network.representation[0], network.representation[1]
+    th.testing.assert_close(state, th.tanh(norm(linear(network.normalizer(network.features(observations))))))
+    assert th.equal(network.dynamics_step(state, random_actions(network, 5)), state)
+    th.testing.assert_close(network.value_head.trunk(state), network.value_head.trunk[1](state))
 
 
 @pytest.mark.parametrize(

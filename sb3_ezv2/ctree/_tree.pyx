@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, embedsignature=True
+# cython: language_level=3, boundscheck=False, wraparound=False, embedsignature=True, annotation_typing=False
 # distutils: language = c++
 """Python face of the batched search trees of ``tree.hpp``: arrays in, arrays out."""
 
@@ -27,7 +27,7 @@ cdef extern from "tree.hpp" namespace "ezv2" nogil:
 
 
 def _positive(str name, value) -> int:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or not 1 <= value < 2**31:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or not 1 <= value <= 2**30:
         raise ValueError(f"{name} must be a positive integer, not {value!r}")
     return int(value)
 
@@ -46,7 +46,7 @@ def considered_visits(num_considered: int, num_simulations: int) -> np.ndarray:
     return np.array(schedule, dtype=np.int32)
 
 
-cdef float[::1] _vector(str name, array, int size):
+cdef const float[::1] _vector(str name, array, int size):
     if not isinstance(array, np.ndarray) or array.dtype != np.float32 or array.ndim != 1 or array.shape[0] != size:
         raise ValueError(f"{name} must be a float32 array of shape [{size}], not {_describe(array)}")
     if not array.flags.c_contiguous:
@@ -56,7 +56,7 @@ cdef float[::1] _vector(str name, array, int size):
     return array
 
 
-cdef float[:, ::1] _matrix(str name, array, int rows, int columns):
+cdef const float[:, ::1] _matrix(str name, array, int rows, int columns):
     if (
         not isinstance(array, np.ndarray)
         or array.dtype != np.float32
@@ -169,9 +169,9 @@ cdef class Tree:
         if not 1 <= root_logits.shape[0] <= self.num_roots:
             raise ValueError(f"a batch has 1 to {self.num_roots} roots here, not {root_logits.shape[0]}")
         B = root_logits.shape[0]
-        cdef float[:, ::1] logits_ = _matrix("root_logits", root_logits, B, self.num_root_actions)
-        cdef float[:, ::1] gumbel_ = _matrix("gumbel", gumbel, B, self.num_root_actions)
-        cdef float[::1] value_ = _vector("root_value", root_value, B)
+        cdef const float[:, ::1] logits_ = _matrix("root_logits", root_logits, B, self.num_root_actions)
+        cdef const float[:, ::1] gumbel_ = _matrix("gumbel", gumbel, B, self.num_root_actions)
+        cdef const float[::1] value_ = _vector("root_value", root_value, B)
         with nogil:
             self.tree.reset(B, &value_[0], &logits_[0, 0], &gumbel_[0, 0])
         self.parent, self.action, self.edge = self._parent[:B], self._action[:B], self._edge[:B]
@@ -208,8 +208,8 @@ cdef class Tree:
         if not self._selected:
             raise RuntimeError("backup() before select()")
         cdef int B = self.tree.B
-        cdef float[::1] reward_ = _vector("reward", reward, B), value_ = _vector("value", value, B)
-        cdef float[:, ::1] logits_
+        cdef const float[::1] reward_ = _vector("reward", reward, B), value_ = _vector("value", value, B)
+        cdef const float[:, ::1] logits_
         cdef const float* priors = NULL
         if logits is not None:
             logits_ = _matrix("logits", logits, B, self.num_inner_actions)

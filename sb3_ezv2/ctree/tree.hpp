@@ -29,11 +29,11 @@ inline std::vector<int32_t> considered_visits(int num_considered, int num_simula
         return schedule;
     }
     int phases = 0;
-    while ((1 << phases) < num_considered) ++phases;
+    while ((int64_t(1) << phases) < num_considered) ++phases;
     int considered = num_considered;
     int32_t visits = 0;  // the actions still considered all have this many visits
     while (static_cast<int>(schedule.size()) < num_simulations) {
-        const int rounds = std::max(1, num_simulations / (phases * considered));
+        const int rounds = std::max(1, static_cast<int>(num_simulations / (int64_t(phases) * considered)));
         for (int r = 0; r < rounds; ++r) {
             for (int i = 0; i < considered && static_cast<int>(schedule.size()) < num_simulations; ++i) {
                 schedule.push_back(visits);
@@ -280,7 +280,8 @@ private:
         for (int a = 0; a < K; ++a) {
             const int32_t child = actions.child[a];
             if (child_visits(b, child) != considered_visit) continue;
-            const double s = score[a] + (child < 0 ? unvisited : sigma(b, q_value(b, child), most));
+            // no score below the floor: an action that may be visited always beats one that may not
+            const double s = std::max(-1e9, score[a] + (child < 0 ? unvisited : sigma(b, q_value(b, child), most)));
             if (s > best_score) {
                 best_score = s;
                 best = a;

@@ -1,0 +1,140 @@
+"""
+How long an update takes, split into its parts::
+
+    python -m benchmarks.update --threads 2 --out benchmarks/results/update.csv
+
+The paper's state model (Walker Run: 24 observations, 6 action dimensions; batch 256, unroll 5, K = 16, 32 simulations) by
+default, with the cache off, as in the paper, and on. Medians over the updates of one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium import spaces
+
+import sb3_ezv2.ezv2 as algorithm
+from benchmarks.provenance import commit, machine
+from benchmarks.settings import SMALL
+from sb3_ezv2 import EZV2
+
+PAPER: dict[str, Any] = {
+    "batch_size": 256,
+    "td_steps": 5,
+    "tau": 1.0,
+    "policy_kwargs": {"value_support": (299.0, 51, "h"), "reward_support": (2.0, 51, "h"), "reward_scale": 1.0},
+}
+"""What differs between the defaults and the paper's update (EfficientZero V2 Table 3, App. G)."""
+
+
+class Noise(gym.Env):
+    """Random observations and rewards in the shapes of the control suite's Walker: only the time matters here."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (24,), np.float32)
+    action_space = spaces.Box(-1.0, 1.0, (6,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.np_random.standard_normal(24, dtype=np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        reward = float(self.np_random.random())
+        return self.np_random.standard_normal(24, dtype=np.float32), reward, False, self.steps == 500, {}
+
+
+def timed(owner: Any, name: str, times: dict[str, list[float]]) -> None:
+    """Replace ``owner.name`` by itself with a clock. :param times: gets milliseconds per call under that name"""
+    function: Callable[..., Any] = getattr(owner, name)
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        times.setdefault(name, []).append(1e3 * (time.perf_counter() - start))
+        return result
+
+    setattr(owner, name, wrapper)
+
+
+def measure(settings: dict[str, Any], cache: bool, updates: int) -> dict[str, float]:
+    """
+    :param settings: of EZV2
+    :param cache: its ``reanalyze_cache``
+    :param updates: how many to time
+    :return: medians in milliseconds; ``rest`` is what no other part accounts for
+    """
+    warm, first = 3, 2000
+    model = EZV2("MlpPolicy", Noise(), seed=0, learning_starts=first, reanalyze_cache=cache, device="cpu", **settings)
+    model.learn(first + warm)
+    assert model.replay_buffer is not None and model._reanalyzer is not None
+    times: dict[str, list[float]] = {}
+    compute_losses = algorithm.compute_losses
+    timed(model.replay_buffer, "sample", times)
+    timed(model._reanalyzer, "targets", times)
+    timed(algorithm, "compute_losses", times)
+    timed(th.Tensor, "backward", times)
+    timed(model.policy.optimizer, "step", times)
+    timed(model, "_sample_action", times)
+    timed(model, "_update", times)
+    try:
+        model.learn(updates, reset_num_timesteps=False)
+    finally:
+        algorithm.compute_losses = compute_losses
+    median = {name: statistics.median(values) for name, values in times.items()}
+    parts = {
+        "sample_ms": median["sample"],
+        "search_and_targets_ms": median["targets"],
+        "forward_ms": median["compute_losses"],
+        "backward_ms": median["backward"],
+        "optimizer_ms": median["step"],
+    }
+    rest = median["_update"] - sum(parts.values())
+    return {**parts, "rest_ms": rest, "update_ms": median["_update"], "acting_ms": median["_sample_action"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=th.get_num_threads())
+    parser.add_argument("--updates", type=int, default=20, help="updates to time")
+    parser.add_argument("--small", action="store_true", help="the small networks of the learning benchmarks instead")
+    parser.add_argument("--out", type=Path, help="CSV file to append to")
+    options = parser.parse_args()
+    th.set_num_threads(options.threads)
+    rows = []
+    for cache in (False, True):
+        row = {
+            "model": "small" if options.small else "paper",
+            "threads": options.threads,
+            "cache": cache,
+            **{
+                name: round(value, 2)
+                for name, value in measure(SMALL if options.small else PAPER, cache, options.updates).items()
+            },
+            "updates": options.updates,
+            "machine": machine(),
+            "commit": commit(),
+        }
+        print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+        rows.append(row)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        new = not options.out.exists()
+        with options.out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
