@@ -74,8 +74,8 @@ class CategoricalSupport(nn.Module):
             limit, bins, transform = spec
         except (TypeError, ValueError):
             raise ValueError(f"a support is (limit, bins, transform), for instance (299.0, 51, 'h'), not {spec!r}") from None
-        if not isinstance(limit, (int, float)) or not 0 < limit < math.inf:
-            raise ValueError(f"a support's limit must be a positive number, not {limit!r}")
+        if not isinstance(limit, (int, float)) or not 1e-30 <= limit <= 1e30:
+            raise ValueError(f"a support's limit must be a positive number (1e-30 to 1e30), not {limit!r}")
         if not isinstance(bins, int) or bins < 3 or bins % 2 == 0:
             raise ValueError(f"a support needs an odd number of bins, at least 3, not {bins!r}")
         if transform not in ("h", "symexp"):

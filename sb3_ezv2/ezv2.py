@@ -444,9 +444,13 @@ class EZV2(OffPolicyAlgorithm):
             if final is not None:
                 check_finite("final observation", np.asarray(final)[None], self.num_timesteps)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        if self._last_search is not None:
+        if self._last_search is not None and self._acting_is_as_new_as_target():
             assert self._reanalyzer is not None
             self._reanalyzer.store(replay_buffer.last_slots, self._last_search)
+
+    def _acting_is_as_new_as_target(self) -> bool:
+        acting, target = self.acting_update_interval, self.target_update_interval
+        return self._n_updates // acting * acting >= self._n_updates // target * target
 
     # ------------------------------------------------------------------ learning
 

@@ -117,7 +117,7 @@ class Reanalyzer:
 
     def store(self, slots: np.ndarray, result: SearchResult) -> None:
         """
-        Take over searches that were made to act: their network is no older than the target network.
+        Take over searches that were made to act, with a network that is no older than the target network.
 
         :param slots: int64 [n], slots of the states that were searched
         :param result: of the n searches

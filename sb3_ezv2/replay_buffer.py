@@ -97,7 +97,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         self.ring = buffer_size // n_envs
         self.handle_timeout_termination = True  # SB3 asks for it when it loads a buffer
         # A start is sampled when its own window is complete and every unrolled step has at least one reward
-        self.wait = max(td_steps, unroll_steps) + 1
+        self.wait = max(td_steps, unroll_steps + 1)
         if self.ring < self.wait + 2:
             raise ValueError(
                 f"buffer_size={buffer_size} leaves {self.ring} transitions per environment, but a window of "
@@ -147,12 +147,10 @@ class SequenceReplayBuffer(ReplayBuffer):
         return int(np.count_nonzero(self.weights))
 
     def reset(self) -> None:
-        """Forget everything that is stored."""
+        """Forget everything that is stored. Stamps go on counting, so that nothing new is taken for something old."""
         self.stamps.fill(-1)
         self.weights.fill(0)
-        self.written.fill(0)
-        self.waiting.fill(0)
-        self.total_transitions = 0
+        self.waiting[:] = self.written
         self._fresh = []
 
     def _write(self, envs: np.ndarray, observations: np.ndarray) -> np.ndarray:
@@ -208,7 +206,9 @@ class SequenceReplayBuffer(ReplayBuffer):
         if end <= first:
             return
         slots = env * self.ring + np.arange(first, end) % self.ring
-        self._fresh.append(slots[self.kinds[slots] == RUNNING])
+        slots = slots[self.kinds[slots] == RUNNING]
+        if len(slots) > 0:
+            self._fresh.append(slots)
         self.waiting[env] = end
 
     def take_fresh(self) -> np.ndarray:

@@ -46,7 +46,8 @@ class SearchSettings(NamedTuple):
     :param n_simulations: simulations per root (S)
     :param n_sampled_actions: candidates at the root of Box actions (K); discrete actions that enter sequential halving
     :param n_inner_actions: candidates at the other nodes, Box actions only (M)
-    :param policy_action_fraction: share of the root candidates drawn from the policy, the rest from its flattened version
+    :param policy_action_fraction: share of the root candidates drawn from the policy (one at least), the rest from its
+        flattened version
     :param flat_std_scale: standard deviation of the flattened policy over the policy's
     :param c_visit: of sigma, Eq. 19
     :param c_scale: of sigma, Eq. 19
@@ -106,10 +107,11 @@ class GumbelSearch:
         self.num_inner_actions = model.action_dim if model.discrete else settings.n_inner_actions
         self._workspace: _Workspace | None = None
         self._recurrent: Callable[..., tuple[th.Tensor, ...]] | None = None
+        self._traced_buffer: th.Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Storage and traced code are made again when needed
-        return {**self.__dict__, "_workspace": None, "_recurrent": None}
+        return {**self.__dict__, "_workspace": None, "_recurrent": None, "_traced_buffer": None}
 
     @th.no_grad()
     def run(self, obs: PyTorchObs, rng: np.random.Generator | None) -> SearchResult:
@@ -213,8 +215,10 @@ class GumbelSearch:
         The model's step, traced: for small batches Python's share of the eager step is larger than the arithmetic.
         The trace shares the model's weights. Where tracing is not available the eager step serves.
         """
-        if self._recurrent is None:
+        # Module.to() gives a module new buffers, which an old trace does not know
+        if self._recurrent is None or self._traced_buffer is not self.model.reward_support.scale:
             model = self.model
+            self._traced_buffer = model.reward_support.scale
             if model.discrete:
                 action = th.zeros(len(state), dtype=th.long, device=state.device)
             else:

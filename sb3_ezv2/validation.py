@@ -77,6 +77,8 @@ def check_settings(settings: dict[str, Any]) -> None:
             f"td_steps_min ({settings['td_steps_min']}) must not be above td_steps ({settings['td_steps']}): the windows "
             "shrink with age."
         )
+    if settings["batch_size"] * settings["unroll_steps"] < 2:
+        raise ValueError("batch_size and unroll_steps cannot both be 1: batch norm needs more than one state.")
     for name in ("gamma", "policy_action_fraction", "warmup_fraction"):
         _check_number(name, settings[name], 0, 1)
     _check_number("tau", settings["tau"], 0, 1, open_low=True)

@@ -27,7 +27,6 @@ def make(observation_space: spaces.Space = BOX, action_space: spaces.Space = ACT
         state_dim=8,
         n_blocks=1,
         action_embedding_dim=4,
-        projection_dim=32,
         projection_dim=12,
         value_support=SupportSpec(299.0, 51, "h"),
         reward_support=SupportSpec(2.0, 21, "h"),
