@@ -293,7 +293,7 @@ class _Measure(BaseCallback):
             "envs": self.train_env.env_method("snapshot"),
             "random": random_states(),
         }
-        Checkpoints(self.run).save(self.model, state)
+        Checkpoints(self.run.out, self.run.name).save(self.model, state)
         self.saved_at = time.monotonic()
 
 

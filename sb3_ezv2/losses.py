@@ -132,9 +132,16 @@ def compute_losses(
 
     with th.no_grad():
         value_error = (network.value_support.decode(value_logits[:, 0]) - targets.values[:, 0]).abs()
-        report = [mean(loss) for loss in (reward, policy, value, consistency)]
         mean_entropy = entropy.sum() / batch.policy_mask.sum().clamp(min=1)
-    return Losses(mean(per_sequence), *report, mean_entropy, value_error)
+    return Losses(
+        total=mean(per_sequence),
+        reward=mean(reward).detach(),
+        policy=mean(policy).detach(),
+        value=mean(value).detach(),
+        consistency=mean(consistency).detach(),
+        entropy=mean_entropy,
+        value_error=value_error,
+    )
 
 
 def _sum(loss: th.Tensor, mask: th.Tensor) -> th.Tensor:

@@ -180,6 +180,7 @@ class Reanalyzer:
         mask = batch.policy_mask
         observations = batch.observations[mask]
         device = observations.device
+        result: SearchResult | None = None
         if self.cache is None:
             result = self.search.run(observations, rng)
             roots = self._roots(result)
@@ -187,7 +188,6 @@ class Reanalyzer:
         slots = batch.slots[mask.cpu().numpy()]
         unique, first = np.unique(slots, return_index=True)
         missing = ~self.cache.hits(unique)
-        result = None
         if missing.any():
             rows = th.from_numpy(first[missing]).to(device)
             result = self.search.run(observations[rows], rng)

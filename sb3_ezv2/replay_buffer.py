@@ -197,7 +197,7 @@ class SequenceReplayBuffer(ReplayBuffer):
             self.episode[ended] += self.n_envs
         for env in envs:
             # all of an ended episode, else up to the newest start whose window is complete
-            self._release(env, self.written[env] if done[env] else self.written[env] - self.wait)
+            self._release(int(env), int(self.written[env]) - (0 if done[env] else self.wait))
         self.last_slots = slots
 
     def _release(self, env: int, end: int) -> None:

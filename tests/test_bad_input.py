@@ -93,7 +93,7 @@ def test_options_that_do_not_apply(settings: dict[str, Any], message: str) -> No
         (BOX, spaces.MultiBinary(2), "supports Discrete and Box action spaces"),
         (BOX, spaces.Box(0, 5, (2,), np.int64), "floating dtype"),
         (spaces.Tuple([BOX, BOX]), spaces.Discrete(2), "FlattenObservation"),
-        (spaces.MultiDiscrete([[2, 3], [4, 5]]), spaces.Discrete(2), "one dimension"),
+        (spaces.MultiDiscrete(np.array([[2, 3], [4, 5]])), spaces.Discrete(2), "one dimension"),
     ],
     ids=str,
 )

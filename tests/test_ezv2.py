@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,15 @@ def parameters(model: EZV2) -> th.Tensor:
 def test_observation_spaces(observation_space: spaces.Space) -> None:
     model = make(SpacesEnv(observation_space, spaces.Discrete(2))).learn(60)
     assert model._n_updates == 20
-    evaluate_policy(model, model.get_env(), n_eval_episodes=2)
+    env = model.get_env()
+    assert env is not None
+    evaluate_policy(model, env, n_eval_episodes=2)
 
 
 @pytest.mark.parametrize("action_space", ACTION_SPACES, ids=str)
 def test_action_spaces(action_space: spaces.Space) -> None:
-    env = SpacesEnv(BOX, action_space)
-    model = make(env).learn(60)
+    assert action_space.shape is not None
+    model = make(SpacesEnv(BOX, action_space)).learn(60)
     for deterministic in (True, False):
         observations = np.stack([BOX.sample() for _ in range(7)])
         actions, _ = model.predict(observations, deterministic=deterministic)
@@ -72,6 +75,7 @@ def test_action_spaces(action_space: spaces.Space) -> None:
     if isinstance(action_space, spaces.Box):
         assert stored.shape[1:] == (int(np.prod(action_space.shape)),) and np.abs(stored).max() <= 1
     else:
+        assert isinstance(action_space, spaces.Discrete)
         assert stored.min() >= 0 and stored.max() < action_space.n
 
 
@@ -227,12 +231,16 @@ def test_failed_save_keeps_the_last_file(tmp_path: Path, monkeypatch: pytest.Mon
 def test_parameters_policy_save_deepcopy_pickle(tmp_path: Path) -> None:
     model = make("Pendulum-v1").learn(60)
     other = make("Pendulum-v1", seed=9)
-    other.set_parameters(model.get_parameters())
+    other.set_parameters(model.get_parameters())  # type: ignore[arg-type]
     assert th.equal(parameters(model), parameters(other))
     observation = model.observation_space.sample()
     action, _ = model.predict(observation, deterministic=True)
-    model.policy.save(tmp_path / "policy")
-    policies = [MlpPolicy.load(tmp_path / "policy"), copy.deepcopy(model.policy), pickle.loads(pickle.dumps(model.policy))]
+    model.policy.save(str(tmp_path / "policy"))
+    policies = [
+        MlpPolicy.load(str(tmp_path / "policy")),
+        copy.deepcopy(model.policy),
+        pickle.loads(pickle.dumps(model.policy)),
+    ]
     for policy in policies:
         np.testing.assert_array_equal(policy.predict(observation, deterministic=True)[0], action)
         # a copy searches with its own weights
@@ -338,7 +346,7 @@ def test_time_limit_bootstraps_and_termination_does_not() -> None:
 
 
 def test_any_number_of_envs_stores_each_episode_apart() -> None:
-    env = DummyVecEnv([lambda n=n: SpacesEnv(BOX, spaces.Discrete(2), length=n) for n in (3, 5, 7)])
+    env = DummyVecEnv([partial(SpacesEnv, BOX, spaces.Discrete(2), length=n) for n in (3, 5, 7)])
     model = make(env).learn(105)
     buffer = model.replay_buffer
     assert buffer is not None and buffer.total_transitions == 105

@@ -64,7 +64,9 @@ class _Nothing(_Controller):
 
 def score(policy: Any, continuous: bool) -> float:
     env = make_vec_env(lambda: Slide(continuous), n_envs=20, seed=7)
-    return float(evaluate_policy(policy, env, n_eval_episodes=20, deterministic=True, warn=False)[0])
+    mean, _ = evaluate_policy(policy, env, n_eval_episodes=20, deterministic=True, warn=False)
+    assert isinstance(mean, float)
+    return mean
 
 
 @pytest.mark.parametrize("continuous", [False, True], ids=["Discrete", "Box"])
