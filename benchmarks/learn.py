@@ -384,7 +384,7 @@ def train(run: Run, stop: _Stop | None = None, resume: bool = True) -> bool:
     return True
 
 
-def _keyword_arguments(pairs: Sequence[str] | None) -> dict[str, Any]:
+def keyword_arguments(pairs: Sequence[str] | None) -> dict[str, Any]:
     """
     Keyword arguments from the command line, written as RL Zoo does.
 
@@ -456,7 +456,7 @@ def _runs(options: argparse.Namespace) -> list[Run]:
         raise ValueError(f"--eval-start must be at least 0, not {options.eval_start}.")
     if options.small and options.algo != "ezv2":
         raise ValueError("--small holds settings of ezv2 alone.")
-    params = {**(SMALL if options.small else {}), **_keyword_arguments(options.params)}
+    params = {**(SMALL if options.small else {}), **keyword_arguments(options.params)}
     _check_params(options.algo, params)
     return [
         Run(
@@ -474,7 +474,7 @@ def _runs(options: argparse.Namespace) -> list[Run]:
             texts={pair.partition(":")[0]: pair.partition(":")[2] for pair in options.params or ()},
             n_envs=options.n_envs,
             action_repeat=options.action_repeat,
-            env_kwargs=_keyword_arguments(options.env_kwargs),
+            env_kwargs=keyword_arguments(options.env_kwargs),
             device=options.device,
             save_every=options.save_every,
             record=tuple(options.record),
