@@ -6,7 +6,7 @@ import io
 import os
 import pathlib
 from collections.abc import Iterable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -26,8 +26,6 @@ from sb3_ezv2.reanalyze import Reanalyzer
 from sb3_ezv2.replay_buffer import SequenceReplayBuffer
 from sb3_ezv2.search import SearchResult, SearchSettings
 from sb3_ezv2.validation import check_finite, check_options, check_settings, check_spaces
-
-SelfEZV2 = TypeVar("SelfEZV2", bound="EZV2")
 
 TD_STEPS_AGE_FRACTION = 0.01
 """``td_steps_age`` of None, as a share of the planned steps."""
@@ -554,22 +552,24 @@ class EZV2(OffPolicyAlgorithm):
         )
 
     def _check_update(self, losses: Losses, grad_norm: th.Tensor) -> None:
+        terms = {
+            "reward loss": losses.reward,
+            "policy loss": losses.policy,
+            "value loss": losses.value,
+            "consistency loss": losses.consistency,
+            "policy's entropy": losses.entropy,
+            "value error": losses.value_error.sum(),
+            "gradient": grad_norm,
+        }
         # One read of the device for all of them
-        terms = {**losses._asdict(), "value_error": losses.value_error.sum(), "gradient norm": grad_norm}
         finite = th.isfinite(th.stack([term.detach() for term in terms.values()])).tolist()
-        for name, ok in list(zip(terms, finite))[::-1]:
-            if not ok and name not in ("total", "gradient norm"):
+        for name, is_finite in zip(terms, finite):
+            if not is_finite:
                 raise ValueError(
-                    self._not_finite(f"the {name.replace('_', ' ')} loss" if name != "entropy" else "the entropy")
+                    f"update {self._n_updates + 1} at step {self.num_timesteps}: the {name} is NaN or infinite. The weights "
+                    "are those before this update; a lower learning_rate or max_grad_norm, or rewards of a smaller range, "
+                    "may help."
                 )
-        if not all(finite):
-            raise ValueError(self._not_finite("the gradient"))
-
-    def _not_finite(self, what: str) -> str:
-        return (
-            f"update {self._n_updates + 1} at step {self.num_timesteps}: {what} is NaN or infinite. The weights are those "
-            "before this update; a lower learning_rate or max_grad_norm, or rewards of a smaller range, may help."
-        )
 
     # ------------------------------------------------------------------ logging
 

@@ -578,8 +578,9 @@ def test_settings_out_of_range_are_refused(name: str, value: Any) -> None:
 
 
 def test_numpy_numbers_and_whole_discounts_are_accepted() -> None:
-    sizes = {name: np.int64(value) for name, value in SIZES.items()}
-    tree = Tree(**sizes, num_considered=np.int32(5), discount=1, c_visit=np.float32(50), c_scale=1, num_threads=np.int64(2))
+    sizes: dict[str, Any] = {name: np.int64(value) for name, value in SIZES.items()}
+    options: dict[str, Any] = dict(num_considered=np.int32(5), discount=1, c_visit=np.float32(50), c_scale=1)
+    tree = Tree(**sizes, **options, num_threads=np.int64(2))
     assert (tree.num_roots, tree.num_simulations, tree.num_root_actions, tree.num_inner_actions) == (4, 3, 5, 2)
     np.testing.assert_array_equal(considered_visits(np.int64(1), np.int64(2)), [0, 1])
 
@@ -705,15 +706,15 @@ def test_calls_out_of_order_are_refused() -> None:
 
 def test_missing_and_unknown_arguments_are_refused() -> None:
     with pytest.raises(TypeError):
-        Tree()
+        Tree()  # type: ignore[call-arg]
     with pytest.raises(TypeError):
-        Tree(**SIZES, **OPTIONS, unknown=1)
+        Tree(**SIZES, **OPTIONS, unknown=1)  # type: ignore[call-arg]
     with pytest.raises(TypeError):
-        Tree(4, 3, 5, 2, 5, 0.9)  # the settings are keyword-only
+        Tree(4, 3, 5, 2, 5, 0.9)  # type: ignore[call-arg]  # the settings are keyword-only
     with pytest.raises(TypeError):
         Tree.__new__(Tree)
     tree = small_tree()
     with pytest.raises(TypeError):
-        tree.reset()
+        tree.reset()  # type: ignore[call-arg]
     with pytest.raises(TypeError):
         pickle.dumps(tree)  # a tree is scratch space: it is made anew, never saved
