@@ -36,7 +36,8 @@ class EZV2(OffPolicyAlgorithm):
     EfficientZero V2: planning by Gumbel search in a learned model, for discrete and continuous actions.
     Paper: https://arxiv.org/abs/2403.00564
 
-    The defaults are those of the paper's Table 3 for state inputs, except for the value targets, see the documentation.
+    The defaults are those of the paper's Table 3 for state inputs, except for the discount, the value targets, the
+    supports, the replay's size and start, and the search cache: see the documentation.
 
     :param policy: The policy model to use (MlpPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)

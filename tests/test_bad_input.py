@@ -127,7 +127,7 @@ def test_buffer_below_one_window() -> None:
 @pytest.mark.parametrize("at", [3, 53])
 def test_faulty_environment(fault: str, at: int) -> None:
     model = EZV2("MlpPolicy", FaultyEnv(fault, at), **TINY)
-    with pytest.raises(ValueError, match=rf"step {at}|step \d+: the {fault} of environment 0 has NaN or infinite values"):
+    with pytest.raises(ValueError, match=rf"step \d+: the {fault} of environment 0 has NaN or infinite values"):
         model.learn(80)
     assert model.num_timesteps >= at
     assert all(th.isfinite(x).all() for x in model.policy.state_dict().values())
