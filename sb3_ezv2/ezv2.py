@@ -23,7 +23,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from sb3_ezv2.losses import Losses, compute_losses
 from sb3_ezv2.policies import Ezv2Policy, MlpPolicy
 from sb3_ezv2.reanalyze import Reanalyzer
-from sb3_ezv2.replay_buffer import SequenceReplayBuffer
+from sb3_ezv2.replay_buffer import RUNNING, SequenceReplayBuffer
 from sb3_ezv2.search import SearchResult, SearchSettings
 from sb3_ezv2.validation import check_finite, check_options, check_settings, check_spaces
 
@@ -478,7 +478,8 @@ class EZV2(OffPolicyAlgorithm):
     def _set_reward_scale(self) -> None:
         """The root mean square of the rewards so far becomes the unit of the supports: see ``reward_scale``."""
         assert self.replay_buffer is not None
-        rewards = self.replay_buffer.rewards[self.replay_buffer.stamps >= 0].astype(np.float64)
+        buffer = self.replay_buffer
+        rewards = buffer.rewards[(buffer.stamps >= 0) & (buffer.kinds == RUNNING)].astype(np.float64)
         if self._vec_normalize_env is not None:
             rewards = self._vec_normalize_env.normalize_reward(rewards)
         scale = float(np.sqrt(np.mean(rewards**2)))
