@@ -30,6 +30,15 @@ from sb3_ezv2.validation import check_finite, check_options, check_settings, che
 TD_STEPS_AGE_FRACTION = 0.01
 """``td_steps_age`` of None, as a share of the planned steps."""
 
+MIXED_VALUE_START_FRACTION = 0.1
+"""``mixed_value_start`` of None, as a share of the planned updates."""
+
+FRESH_TRANSITIONS_FRACTION = 0.2
+"""``fresh_transitions`` of None, as a share of the planned steps: the paper's 20,000 of 100,000."""
+
+TARGET_UPDATE_FRACTION, SLOWEST_TARGET_UPDATE = 0.02, 400
+"""``target_update_interval`` of None, as a share of the planned updates, and its upper limit, the paper's."""
+
 
 class EZV2(OffPolicyAlgorithm):
     """
@@ -64,10 +73,11 @@ class EZV2(OffPolicyAlgorithm):
     :param c_visit: of sigma, Eq. 19
     :param c_scale: of sigma, Eq. 19
     :param value_target: ``"mixed"`` (Eq. 16), or its parts alone: ``"td"`` (n-step) or ``"search"`` (search-based values)
-    :param mixed_value_start: updates before search-based values are used (T1 of Eq. 16)
-    :param fresh_transitions: newest transitions that keep n-step values (T2 of Eq. 16)
+    :param mixed_value_start: updates before search-based values are used (T1 of Eq. 16); None: 10% of the planned ones
+    :param fresh_transitions: newest transitions that keep n-step values (T2 of Eq. 16); None: 20% of the planned steps
     :param acting_update_interval: updates between two refreshes of the network that collects data
-    :param target_update_interval: updates between two refreshes of the network that reanalyzes
+    :param target_update_interval: updates between two refreshes of the network that reanalyzes; None: 2% of the planned
+        updates, 400 at most
     :param reanalyze_cache: search each stored state once per refresh of the target network instead of each time it is drawn
     :param priority_alpha: exponent of the priorities
     :param priority_beta: exponent of the importance weights
@@ -126,10 +136,10 @@ class EZV2(OffPolicyAlgorithm):
         c_visit: float = 50.0,
         c_scale: float = 0.1,
         value_target: str = "mixed",
-        mixed_value_start: int = 40_000,
-        fresh_transitions: int = 20_000,
+        mixed_value_start: int | None = None,
+        fresh_transitions: int | None = None,
         acting_update_interval: int = 100,
-        target_update_interval: int = 400,
+        target_update_interval: int | None = None,
         reanalyze_cache: bool = True,
         priority_alpha: float = 1.0,
         priority_beta: float = 1.0,
@@ -206,6 +216,7 @@ class EZV2(OffPolicyAlgorithm):
         self.policy_target = policy_target
 
         self._warmup_updates = 0
+        self._target_update_interval = SLOWEST_TARGET_UPDATE
         self._generators: dict[str, np.random.Generator] | None = None
         self._reanalyzer: Reanalyzer | None = None
         self._last_search: SearchResult | None = None
@@ -326,11 +337,9 @@ class EZV2(OffPolicyAlgorithm):
             )
         elif env_is_reset:
             self.replay_buffer.truncate_open_episodes()
-        self.replay_buffer.td_steps_age = self.td_steps_age or max(1, round(TD_STEPS_AGE_FRACTION * planned_steps))
         if self._reanalyzer is None or self._reanalyzer.buffer is not self.replay_buffer:
             self._reanalyzer = self._make_reanalyzer(self.replay_buffer)
-        if self._n_updates == 0:
-            self._warmup_updates = round(self.warmup_fraction * self._planned_updates(planned_steps))
+        self._plan(planned_steps)
         self._stats = {}
         total_timesteps, callback = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
@@ -338,6 +347,23 @@ class EZV2(OffPolicyAlgorithm):
         assert isinstance(self._last_obs, np.ndarray)
         check_finite("first observation", self._last_obs, self.num_timesteps)
         return total_timesteps, callback
+
+    def _plan(self, planned_steps: int) -> None:
+        """Set what depends on the length of the whole run. :param planned_steps: environment steps, past ones included"""
+        assert self.replay_buffer is not None and self._reanalyzer is not None
+        updates = self._planned_updates(planned_steps)
+
+        def share(setting: int | None, fraction: float, planned: float) -> int:
+            return max(1, round(fraction * planned)) if setting is None else setting
+
+        self.replay_buffer.td_steps_age = share(self.td_steps_age, TD_STEPS_AGE_FRACTION, planned_steps)
+        self._reanalyzer.mixed_value_start = share(self.mixed_value_start, MIXED_VALUE_START_FRACTION, updates)
+        self._reanalyzer.fresh_transitions = share(self.fresh_transitions, FRESH_TRANSITIONS_FRACTION, planned_steps)
+        self._target_update_interval = share(
+            self.target_update_interval, TARGET_UPDATE_FRACTION, min(updates, SLOWEST_TARGET_UPDATE / TARGET_UPDATE_FRACTION)
+        )
+        if self._n_updates == 0:
+            self._warmup_updates = round(self.warmup_fraction * updates)
 
     def _make_replay_buffer(self) -> SequenceReplayBuffer:
         assert self.replay_buffer_class is not None and self._generators is not None
@@ -373,8 +399,6 @@ class EZV2(OffPolicyAlgorithm):
             self.policy.target_network if self.tau == 1.0 else self.policy.bootstrap_network,
             buffer,
             value_target=self.value_target,
-            mixed_value_start=self.mixed_value_start,
-            fresh_transitions=self.fresh_transitions,
             best_action=policy_target == "best_action",
             cache=self.reanalyze_cache,
         )
@@ -448,7 +472,7 @@ class EZV2(OffPolicyAlgorithm):
             self._reanalyzer.store(replay_buffer.last_slots, self._last_search)
 
     def _acting_is_as_new_as_target(self) -> bool:
-        acting, target = self.acting_update_interval, self.target_update_interval
+        acting, target = self.acting_update_interval, self._target_update_interval
         return self._n_updates // acting * acting >= self._n_updates // target * target
 
     # ------------------------------------------------------------------ learning
@@ -535,7 +559,7 @@ class EZV2(OffPolicyAlgorithm):
                 get_ema_multi_avg_fn(1 - self.tau)(policy.bootstrap_network.float_tensors(), network.float_tensors(), None)
         if self._n_updates % self.acting_update_interval == 0:
             policy.acting_network.load_state_dict(network.state_dict())
-        if self._n_updates % self.target_update_interval == 0:
+        if self._n_updates % self._target_update_interval == 0:
             policy.target_network.load_state_dict(network.state_dict())
             self._reanalyzer.target_refreshed()
         self._count(

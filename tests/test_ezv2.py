@@ -303,6 +303,22 @@ def test_warmup_and_schedule_of_the_learning_rate() -> None:
     np.testing.assert_allclose(learning[50:], 0.01)
 
 
+def test_what_follows_the_length_of_the_run() -> None:
+    def plan(steps: int, **settings: Any) -> tuple[int, int, int, int]:
+        model = make("CartPole-v1", **{"target_update_interval": None, **settings})
+        model._setup_learn(steps)
+        buffer, reanalyzer = model.replay_buffer, model._reanalyzer
+        assert buffer is not None and reanalyzer is not None
+        targets = reanalyzer.mixed_value_start, reanalyzer.fresh_transitions
+        return buffer.td_steps_age, *targets, model._target_update_interval
+
+    assert plan(2_040) == (20, 200, 408, 40)  # 40 steps without updates
+    assert plan(2_040, gradient_steps=2) == (20, 400, 408, 80)
+    assert plan(100_040) == (1000, 10_000, 20_008, 400)
+    settings = dict(td_steps_age=7, mixed_value_start=0, fresh_transitions=0, target_update_interval=3)
+    assert plan(2_040, **settings) == (7, 0, 0, 3)
+
+
 def test_vec_normalize_and_subprocesses() -> None:
     env = VecNormalize(make_vec_env("Pendulum-v1", 2, vec_env_cls=SubprocVecEnv))
     model = make(env).learn(100)
@@ -326,9 +342,9 @@ def test_rewards_of_any_scale_are_learned_alike() -> None:
     actions = []
     # Nothing far smaller: priorities have a floor of 1e-6 in the units of the rewards
     for factor in (1.0, 2.0**-10, -(2.0**20), 2.0**20):
-        model = make(Scaled(gym.make("Pendulum-v1"), factor)).learn(100)
+        model = make(Scaled(gym.make("Pendulum-v1"), factor)).learn(80)
         assert model.replay_buffer is not None
-        actions.append(model.replay_buffer.actions[:90])
+        actions.append(model.replay_buffer.actions[:70])
     np.testing.assert_allclose(actions[0], actions[1], atol=2e-3)
     np.testing.assert_allclose(actions[0], actions[3], atol=2e-3)
     assert not np.allclose(actions[0], actions[2], atol=2e-3)  # the other sign is another task
