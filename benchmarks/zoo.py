@@ -86,7 +86,11 @@ def startup(repeats: int) -> dict[str, float]:
         float(subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True).stdout)
         for _ in range(repeats)
     ]
-    return {"Python's start, ms": on, "Python's start with SB3_EZV2_NO_ZOO=1, ms": off, "the hook, ms": statistics.median(runs)}
+    return {
+        "Python's start, ms": on,
+        "Python's start with SB3_EZV2_NO_ZOO=1, ms": off,
+        "the hook, ms": statistics.median(runs),
+    }
 
 
 def main() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import optuna
+if TYPE_CHECKING:
+    import optuna
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "small": dict(net_arch=[128], state_dim=128, n_blocks=1, projection_dim=128),

@@ -507,7 +507,5 @@ def test_hyperparameters_of_a_trial(study_of: Callable[..., Any], tmp_path: Path
         assert model.gamma == expected["gamma"] == saved["gamma"]
         assert model.batch_size == expected["batch_size"] and model.n_simulations == expected["n_simulations"]
         assert model.policy_kwargs == {**dict(n_blocks=1, net_arch=[128], projection_dim=128), **expected["policy_kwargs"]}
-    experiment = manager(
-        tmp_path, "CartPole-v1", storage=storage, study_name="s", trial_id=1, hyperparams=dict(gamma=0.5)
-    )
+    experiment = manager(tmp_path, "CartPole-v1", storage=storage, study_name="s", trial_id=1, hyperparams=dict(gamma=0.5))
     assert experiment.setup_experiment()[0].gamma == 0.5

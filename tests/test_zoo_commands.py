@@ -174,10 +174,12 @@ def test_nothing_heavy_at_the_start(tmp_path: Path) -> None:
 )
 def test_broken_packages(package: str, broken: str, code: str, expected: str, tmp_path: Path) -> None:
     """Python starts and the rest works, whatever is broken; rl_zoo3 itself fails as it would without us."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
     (tmp_path / package).mkdir()
     (tmp_path / package / "__init__.py").write_text(broken)
     path = os.pathsep.join([str(tmp_path), environment().get("PYTHONPATH", "")])
-    output = run("-c", code, cwd=ROOT.parent, fails=expected == "ZeroDivisionError", PYTHONPATH=path)
+    output = run("-c", code, cwd=empty, fails=expected == "ZeroDivisionError", PYTHONPATH=path)
     assert expected in output
     if package == "sb3_ezv2":
         assert "sb3-ezv2 could not register with RL Zoo" in output
