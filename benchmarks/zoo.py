@@ -5,7 +5,8 @@ What EZV2 in RL Zoo costs: a study's wall time, its memory from trial to trial, 
     python -m benchmarks.zoo memory
     python -m benchmarks.zoo startup
 
-Each prints its result and appends a row for each value to ``benchmarks/results/zoo.csv``. ``startup`` needs the package installed.
+Each prints its result and appends a row for each value to ``benchmarks/results/zoo.csv``. ``startup`` needs the package
+installed.
 """
 
 import argparse

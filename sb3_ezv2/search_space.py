@@ -15,7 +15,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 """Sizes of ``MlpPolicy``; the large one is the paper's (App. G)."""
 
-study_hyperparams: ContextVar[dict[str, Any]] = ContextVar("study_hyperparams", default={})
+study_hyperparams: ContextVar[dict[str, Any] | None] = ContextVar("study_hyperparams", default=None)
 """What the running study does not vary, set for the time of a trial: RL Zoo tells its samplers nothing of it."""
 
 
@@ -30,7 +30,7 @@ def sample_ezv2_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
     :param additional_args: of other algorithms' replay buffers
     :return: arguments of the constructor
     """
-    fixed = study_hyperparams.get()
+    fixed = study_hyperparams.get() or {}
     params: dict[str, Any] = {
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.003, 0.05, log=True),
         "learning_rate": trial.suggest_float("learning_rate", 1e-4, 2e-3, log=True),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import runpy
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,13 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage
-from zoo_tools import manager
+from zoo_tools import choose_renderer, manager
 
 from sb3_ezv2 import EZV2, zoo
 from sb3_ezv2.search_space import NETWORKS, convert_ezv2_params, sample_ezv2_params, study_hyperparams
 
 zoo.register()
+choose_renderer()
 
 CONFIGS = {path.name: yaml.safe_load(path.read_text()) for path in sorted(zoo.CONFIGS.glob("*.yml"))}
 ENTRIES = [(config, name) for config, entries in CONFIGS.items() for name in entries]
@@ -57,8 +59,6 @@ TINY = dict(
     policy_kwargs=dict(net_arch=[16], state_dim=16, n_blocks=1, projection_dim=16),
 )
 
-needs_images = pytest.mark.skipif("CnnPolicy" not in EZV2.policy_aliases, reason="needs CnnPolicy")
-
 
 def register(name: str, entry_point: Callable[..., gym.Env]) -> str:
     if name not in gym.registry:
@@ -77,14 +77,22 @@ def need(env_id: str, rendered: bool = False) -> None:
     for module in needed:
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{env_id} needs {module}")
-    if rendered:
-        zoo.import_env(env_id)
-        try:
-            env = gym.make(env_id, render_mode="rgb_array")
-            env.reset()
-            env.render()
-        except Exception as error:
-            pytest.skip(f"nothing here renders, try MUJOCO_GL=egl: {error!r}")
+    if rendered and (error := rendering_error()):
+        pytest.skip(f"nothing renders here: {error}")
+
+
+@functools.cache
+def rendering_error() -> str:
+    """:return: why the control suite does not render; empty if it does"""
+    zoo.import_env("dm_control/pendulum-swingup-v0")
+    try:
+        env = gym.make("dm_control/pendulum-swingup-v0", render_mode="rgb_array")
+        env.reset()
+        env.render()
+        env.close()
+    except Exception as error:
+        return repr(error)
+    return ""
 
 
 # ---------------------------------------------------------------------- registration
@@ -169,7 +177,6 @@ def test_entry_runs(config: str, name: str, tmp_path: Path) -> None:
     env_id = {"default": "ZooBox-v0", "atari": "ALE/Pong-v5"}.get(name, name)
     register("ZooBox-v0", partial(SpacesEnv, BOX, spaces.Box(-1.0, 1.0, (2,), np.float32)))
     need(env_id, rendered=config == "ezv2_vision.yml")
-    # Where no machine renders fast, the tasks on images differ in nothing but the task
     experiment = manager(tmp_path, env_id, config=config, seed=0)
     if CONFIGS[config][name]["policy"] == "CnnPolicy" and "CnnPolicy" not in EZV2.policy_aliases:
         env = train_env(experiment)
@@ -416,7 +423,7 @@ def test_sampled_network_leaves_other_policy_kwargs() -> None:
 
 
 @pytest.fixture
-def study_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+def study_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A manager that optimizes tiny agents: the search space's batches and networks would take minutes."""
 
     def sample(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict) -> dict[str, Any]:
@@ -438,7 +445,7 @@ def study_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         assert experiment.setup_experiment() is None
         return experiment
 
-    yield make
+    return make
 
 
 def test_trials_free_agents_and_threads(study_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
