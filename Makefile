@@ -1,11 +1,11 @@
 SHELL = /bin/bash
-LINT_PATHS = sb3_ezv2/ tests/ benchmarks/ docs/conf.py setup.py
+LINT_PATHS = sb3_ezv2/ tests/ benchmarks/ docs/conf.py setup.py sb3_ezv2_zoo_hook.py
 
 # Every target makes the virtual environment it needs, once: stamp files in $(VENV) remember what is installed.
 # To work in an environment of your own instead, name its Python: make test PY=python
 PYTHON ?= python3
 VENV ?= .venv
-BUILD_INPUTS = pyproject.toml setup.cfg setup.py constraints.txt $(wildcard sb3_ezv2/ctree/*.pyx sb3_ezv2/ctree/*.hpp)
+BUILD_INPUTS = pyproject.toml setup.cfg setup.py constraints.txt sb3_ezv2_zoo.pth $(wildcard sb3_ezv2/ctree/*.pyx sb3_ezv2/ctree/*.hpp)
 
 ifeq ($(origin PY), undefined)
 PY = $(VENV)/bin/python
@@ -53,7 +53,7 @@ $(VENV)/.installed-demo: $(VENV)/.torch $(BUILD_INPUTS)
 
 $(VENV)/.installed-tests: $(VENV)/.torch $(BUILD_INPUTS)
 	@echo "Installing sb3-ezv2 and what the tests need ..."
-	@$(PIP_INSTALL) -e '.[tests]'
+	@$(PIP_INSTALL) -e '.[tests,zoo,atari,dmc]'
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.torch $(BUILD_INPUTS)

@@ -1,9 +1,28 @@
-"""The compiled part of the package; everything else about it is in pyproject.toml."""
+"""The compiled part of the package and its .pth file; everything else about it is in pyproject.toml."""
 
 import os
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
+
+PTH = "sb3_ezv2_zoo.pth"
+
+
+class BuildPy(build_py):
+    """Adds the .pth file that registers EZV2 with RL Zoo: Python reads it only at the top of site-packages."""
+
+    def run(self) -> None:
+        super().run()
+        # An editable wheel holds nothing of the build, but what lies in the installation's folder
+        folder = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
+        self.mkpath(folder)
+        self.copy_file(PTH, os.path.join(folder, PTH))
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        pth = [] if self.editable_mode else [os.path.join(self.build_lib, PTH)]
+        return [*super().get_outputs(include_bytecode), *pth]
+
 
 # No -march=native: a wheel runs on every machine of its architecture. No -ffast-math, no contraction to fused
 # multiply-adds: the tree gives the same result on every architecture and agrees with its references.
@@ -22,4 +41,4 @@ tree = Extension(
     extra_link_args=link_args,
 )
 
-setup(ext_modules=cythonize([tree]))
+setup(ext_modules=cythonize([tree]), cmdclass={"build_py": BuildPy})

@@ -8,6 +8,7 @@ expand (:class:`sb3_ezv2.ctree.Tree`), the model makes one step from all of them
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -21,6 +22,9 @@ from sb3_ezv2.distributions import CategoricalSupport, SquashedGaussian
 
 MIN_Q_RANGE = 0.01
 """Least range of the q's when they are normalised, in units of the reward scale (EfficientZero Eq. 10)."""
+
+_TRACING = threading.Lock()
+"""PyTorch keeps what is being traced in one global; agents may learn in several threads."""
 
 
 class SearchModel(Protocol):
@@ -224,7 +228,7 @@ class GumbelSearch:
             else:
                 action = state.new_zeros(len(state), model.action_dim)
             self._recurrent = model.recurrent_inference
-            with warnings.catch_warnings():
+            with _TRACING, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 try:
                     traced = th.jit.trace_module(model, {"recurrent_inference": (state, action)}, check_trace=False)

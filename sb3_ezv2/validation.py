@@ -102,7 +102,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     ):
         _check_number(name, settings[name], 0, math.inf)
     if not callable(settings["learning_rate"]):
-        _check_number("learning_rate", settings["learning_rate"], 0, math.inf, open_low=True)
+        _check_number("learning_rate", settings["learning_rate"], 0, math.inf)
     _check_choice("value_target", settings["value_target"], ("mixed", "td", "search"))
     _check_choice("policy_target", settings["policy_target"], ("auto", "candidates", "best_action"))
     if not isinstance(settings["reanalyze_cache"], bool):

@@ -33,7 +33,7 @@ from sb3_ezv2 import EZV2
         (dict(gamma=1.1), "gamma must be a finite number at least 0 and at most 1"),
         (dict(gamma=float("nan")), "gamma"),
         (dict(tau=0.0), "tau must be a finite number above 0"),
-        (dict(learning_rate=-1.0), "learning_rate must be a finite number above 0"),
+        (dict(learning_rate=-1.0), "learning_rate must be a finite number at least 0"),
         (dict(learning_starts=-1), "learning_starts"),
         (dict(gradient_steps=-2), "gradient_steps"),
         (dict(final_gradient_steps=-1), "final_gradient_steps"),
