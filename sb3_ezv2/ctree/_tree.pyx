@@ -9,6 +9,7 @@ import numpy as np
 
 cdef extern from "tree.hpp" namespace "ezv2" nogil:
     vector[int32_t] _considered_visits "ezv2::considered_visits"(int, int)
+    bint _all_finite "ezv2::all_finite"(const float*, size_t)
 
     cdef cppclass CTree "ezv2::Tree":
         CTree(int, int, int, int, int, double, double, double, double, int) except +
@@ -18,6 +19,7 @@ cdef extern from "tree.hpp" namespace "ezv2" nogil:
         void reset(int, const float*, const float*, const float*) except +
         void select(int64_t*, int64_t*, int64_t*) except +
         void backup(const float*, const float*, const float*) except +
+        void step(const float*, const float*, const float*, int64_t*, int64_t*, int64_t*) except +
         void best_action(int64_t*)
         void policy(float*) except +
         void root_value(float*)
@@ -47,29 +49,35 @@ def considered_visits(num_considered: int, num_simulations: int) -> np.ndarray:
 
 
 cdef const float[::1] _vector(str name, array, int size):
-    if not isinstance(array, np.ndarray) or array.dtype != np.float32 or array.ndim != 1 or array.shape[0] != size:
+    cdef const float[::1] view = None
+    if isinstance(array, np.ndarray):
+        try:
+            view = array
+        except (ValueError, TypeError, BufferError):
+            view = None
+    if view is None or view.shape[0] != size:
+        if isinstance(array, np.ndarray) and array.dtype == np.float32 and array.shape == (size,):
+            raise ValueError(f"{name} must be C-contiguous")
         raise ValueError(f"{name} must be a float32 array of shape [{size}], not {_describe(array)}")
-    if not array.flags.c_contiguous:
-        raise ValueError(f"{name} must be C-contiguous")
-    if not np.isfinite(array).all():
+    if not _all_finite(&view[0], size):
         raise ValueError(f"{name} has NaN or infinite entries")
-    return array
+    return view
 
 
 cdef const float[:, ::1] _matrix(str name, array, int rows, int columns):
-    if (
-        not isinstance(array, np.ndarray)
-        or array.dtype != np.float32
-        or array.ndim != 2
-        or array.shape[0] != rows
-        or array.shape[1] != columns
-    ):
+    cdef const float[:, ::1] view = None
+    if isinstance(array, np.ndarray):
+        try:
+            view = array
+        except (ValueError, TypeError, BufferError):
+            view = None
+    if view is None or view.shape[0] != rows or view.shape[1] != columns:
+        if isinstance(array, np.ndarray) and array.dtype == np.float32 and array.shape == (rows, columns):
+            raise ValueError(f"{name} must be C-contiguous")
         raise ValueError(f"{name} must be a float32 array of shape [{rows}, {columns}], not {_describe(array)}")
-    if not array.flags.c_contiguous:
-        raise ValueError(f"{name} must be C-contiguous")
-    if not np.isfinite(array).all():
+    if not _all_finite(&view[0, 0], <size_t>rows * columns):
         raise ValueError(f"{name} has NaN or infinite entries")
-    return array
+    return view
 
 
 def _describe(array) -> str:
@@ -83,10 +91,10 @@ cdef class Tree:
     A batch of Gumbel search trees in flat arrays, one simulation of all roots at a time::
 
         tree.reset(root_value, root_logits, gumbel)
+        tree.select()                              # fills tree.parent, tree.action, tree.edge
         for _ in range(num_simulations):
-            tree.select()                          # fills tree.parent, tree.action, tree.edge
             ...                                    # the model's step from these parents with these actions
-            tree.backup(reward, value, logits)
+            tree.step(reward, value, logits)       # backup, and the next select but after the last simulation
         tree.best_action(), tree.policy(), tree.root_value()
 
     The storage is allocated once for ``num_roots`` and reused by every batch of at most so many roots. A root's
@@ -205,18 +213,36 @@ cdef class Tree:
         :param value: float32 [B], the network's values of the new states
         :param logits: float32 [B, M], prior logits of the new states' actions; None: equal priors
         """
+        self._backup("backup", reward, value, logits, False)
+
+    def step(self, reward, value, logits=None) -> None:
+        """
+        :meth:`backup`, and the :meth:`select` of the next simulation unless this was the last one: one walk over the roots.
+
+        :param reward: float32 [B], reward of the selected edges
+        :param value: float32 [B], the network's values of the new states
+        :param logits: float32 [B, M], prior logits of the new states' actions; None: equal priors
+        """
+        self._backup("step", reward, value, logits, True)
+
+    cdef object _backup(self, str name, reward, value, logits, bint and_select):
         if not self._selected:
-            raise RuntimeError("backup() before select()")
+            raise RuntimeError(f"{name}() before select()")
         cdef int B = self.tree.B
         cdef const float[::1] reward_ = _vector("reward", reward, B), value_ = _vector("value", value, B)
         cdef const float[:, ::1] logits_
         cdef const float* priors = NULL
+        cdef int64_t[::1] parent_ = self._parent, action_ = self._action, edge_ = self._edge
         if logits is not None:
             logits_ = _matrix("logits", logits, B, self.num_inner_actions)
             priors = &logits_[0, 0]
+        and_select = and_select and self.tree.simulation + 1 < self.num_simulations
         with nogil:
-            self.tree.backup(&reward_[0], &value_[0], priors)
-        self._selected = False
+            if and_select:
+                self.tree.step(&reward_[0], &value_[0], priors, &parent_[0], &action_[0], &edge_[0])
+            else:
+                self.tree.backup(&reward_[0], &value_[0], priors)
+        self._selected = and_select
 
     cdef int _size(self) except -1:
         if self.tree.B == 0:
