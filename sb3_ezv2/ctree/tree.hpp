@@ -44,9 +44,30 @@ inline double exp_negative(double x) {
     p = p * r + 1.0;
     p = p * r + 1.0;
     uint64_t bits, exponent;
-    std::memcpy(&exponent, &shifted, sizeof bits);
+    std::memcpy(&exponent, &shifted, sizeof exponent);
     std::memcpy(&bits, &p, sizeof bits);
     bits += exponent << 52;
+    std::memcpy(&p, &bits, sizeof bits);
+    return p;
+}
+
+// The same to 1e-7, for -87 <= x <= 0.
+inline float exp_float(float x) {
+    const float shifted = x * 1.44269504f + 12582912.0f;
+    const float n = shifted - 12582912.0f;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.0f / 5040;
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    uint32_t bits, exponent;
+    std::memcpy(&exponent, &shifted, sizeof bits);
+    std::memcpy(&bits, &p, sizeof bits);
+    bits += exponent << 23;
     std::memcpy(&p, &bits, sizeof bits);
     return p;
 }
@@ -184,7 +205,7 @@ public:
 
     // Highest g + logits + sigma(q) among the most visited root actions: those left at the end of the halving.
     void best_action(int64_t* out) const {
-        for (int b = 0; b < B; ++b) out[b] = select_root(b, most_root_visits(b));
+        for (int b = 0; b < B; ++b) out[b] = select_root(b, roots_[b].most_visits);
     }
 
     // softmax(logits + sigma(completed q)) = prior * exp(sigma) / sum, [B, K].
@@ -192,7 +213,7 @@ public:
         std::vector<double> q(K);
         for (int b = 0; b < B; ++b) {
             completed_root_q(b, q.data());
-            const double scale = simulation > 0 ? sigma_scale(b, most_root_visits(b)) : 0.0;
+            const double scale = simulation > 0 ? sigma_scale(b, roots_[b].most_visits) : 0.0;
             const double top = *std::max_element(q.begin(), q.end());
             double sum = 0.0;
             for (int a = 0; a < K; ++a) {
@@ -225,18 +246,14 @@ public:
     }
 
 private:
-    // What a search keeps besides its nodes: the bounds of all q's that have appeared in it, and the edge selected last.
+    // What a search keeps besides its nodes: the bounds of all q's that have appeared in it.
     struct Root {
         double q_min = std::numeric_limits<double>::infinity();
         double q_max = -std::numeric_limits<double>::infinity();
         int64_t depth_sum = 0;
-        int32_t leaf_slot = 0, leaf_action = 0;
+        int32_t leaf_slot = 0, leaf_action = 0;  // the edge selected last
+        int32_t most_visits = 0;                 // of the root's actions
     };
-
-    int32_t most_root_visits(int b) const {
-        const int32_t* visits = &root_visits_[size_t(b) * K];
-        return *std::max_element(visits, visits + K);
-    }
 
     // sigma(q) = scale * (q - q_min). Only differences of sigmas count, in every softmax and every argmax.
     double sigma_scale(int b, int32_t most_visits) const {
@@ -264,18 +281,20 @@ private:
     // they have the same completed q, and sigma is left out.
     int select_root(int b, int32_t considered_visit) const {
         const size_t edge = size_t(b) * K;
-        const double scale = considered_visit == 0 ? 0.0 : sigma_scale(b, most_root_visits(b));
+        const double scale = considered_visit == 0 ? 0.0 : sigma_scale(b, roots_[b].most_visits);
         const double q_min = considered_visit == 0 ? 0.0 : roots_[b].q_min;
+        const float* score = &root_score_[edge];
+        const double* q = &root_q_[edge];
+        const int32_t* visits = &root_visits_[edge];
         int best = 0;
         double best_score = -std::numeric_limits<double>::infinity();
+        // Without branches, which would be mispredicted
         for (int a = 0; a < K; ++a) {
-            if (root_visits_[edge + a] != considered_visit) continue;
             // no score below the floor: an action that may be visited always beats one that may not
-            const double score = std::max(-1e9, root_score_[edge + a] + scale * (root_q_[edge + a] - q_min));
-            if (score > best_score) {
-                best_score = score;
-                best = a;
-            }
+            const double floored = std::max(-1e9, score[a] + scale * (q[a] - q_min));
+            const double s = visits[a] == considered_visit ? floored : -1e10;
+            best = s > best_score ? a : best;
+            best_score = std::max(s, best_score);
         }
         return best;
     }
@@ -395,6 +414,7 @@ private:
         }
         root_q_[size_t(b) * K + nodes[node].action] = nodes[node].q;
         root_visits_[size_t(b) * K + nodes[node].action] = nodes[node].visits;
+        root.most_visits = std::max(root.most_visits, nodes[node].visits);
         nodes[0].return_sum += ret;
         ++nodes[0].visits;
     }
@@ -406,25 +426,21 @@ private:
         double sum = 0.0;
         for (int a = 0; a < M; ++a) {
             sum += open[a];
-            if (open[a] > highest) {
-                highest = open[a];
-                next = a;
-            }
+            next = open[a] > highest ? a : next;
+            highest = std::max(open[a], highest);
         }
         node.open_prior = sum;
         node.next_prior = highest;
         node.next_action = next;
     }
 
-    // No prior is exactly 0, so that the weights of v_mix always have a sum.
+    // No prior is exactly 0, so that the weights of v_mix always have a sum. Two simple loops, which compilers vectorise.
     static void softmax(const float* logits, int count, float* out) {
         const float top = *std::max_element(logits, logits + count);
+        for (int a = 0; a < count; ++a) out[a] = std::max(logits[a] - top, -87.0f);
+        for (int a = 0; a < count; ++a) out[a] = exp_float(out[a]);
         double sum = 0.0;
-        for (int a = 0; a < count; ++a) {
-            const double weight = exp_negative(double(logits[a]) - top);
-            out[a] = static_cast<float>(weight);
-            sum += weight;
-        }
+        for (int a = 0; a < count; ++a) sum += out[a];
         const double factor = 1.0 / sum;
         for (int a = 0; a < count; ++a) out[a] = std::max(float(out[a] * factor), std::numeric_limits<float>::min());
     }
