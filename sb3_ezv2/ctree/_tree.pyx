@@ -11,22 +11,6 @@ cdef extern from "tree.hpp" namespace "ezv2" nogil:
     vector[int32_t] _considered_visits "ezv2::considered_visits"(int, int)
     bint _all_finite "ezv2::all_finite"(const float*, size_t)
 
-    cdef cppclass CTree "ezv2::Tree":
-        CTree(int, int, int, int, int, double, double, double, double, int) except +
-        int B
-        int simulation
-        size_t memory()
-        void reset(int, const float*, const float*, const float*) except +
-        void select(int64_t*, int64_t*, int64_t*) except +
-        void backup(const float*, const float*, const float*) except +
-        void step(const float*, const float*, const float*, int64_t*, int64_t*, int64_t*) except +
-        void best_action(int64_t*)
-        void policy(float*) except +
-        void root_value(float*)
-        void root_visits(int32_t*)
-        void q_values(float*)
-        void mean_depth(float*)
-
 
 def _positive(str name, value) -> int:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or not 1 <= value <= 2**30:
@@ -115,12 +99,6 @@ cdef class Tree:
     :raises RuntimeError: calls out of order
     """
 
-    cdef CTree* tree
-    cdef readonly int num_roots, num_simulations, num_root_actions, num_inner_actions
-    cdef readonly object parent, action, edge
-    cdef object _parent, _action, _edge
-    cdef bint _selected
-
     def __cinit__(
         self,
         num_roots: int,
@@ -154,6 +132,8 @@ cdef class Tree:
         self._parent = np.zeros(self.num_roots, dtype=np.int64)
         self._action = np.zeros(self.num_roots, dtype=np.int64)
         self._edge = np.zeros(self.num_roots, dtype=np.int64)
+        cdef int64_t[::1] parent_ = self._parent, action_ = self._action, edge_ = self._edge
+        self._parent_data, self._action_data, self._edge_data = &parent_[0], &action_[0], &edge_[0]
 
     def __dealloc__(self):
         del self.tree
@@ -200,9 +180,8 @@ cdef class Tree:
             raise RuntimeError("select() twice without the backup() between")
         if self.tree.simulation >= self.num_simulations:
             raise RuntimeError(f"all {self.num_simulations} simulations of this batch are done: call reset()")
-        cdef int64_t[::1] parent_ = self._parent, action_ = self._action, edge_ = self._edge
         with nogil:
-            self.tree.select(&parent_[0], &action_[0], &edge_[0])
+            self.tree.select(self._parent_data, self._action_data, self._edge_data)
         self._selected = True
 
     def backup(self, reward, value, logits=None) -> None:
@@ -232,17 +211,24 @@ cdef class Tree:
         cdef const float[::1] reward_ = _vector("reward", reward, B), value_ = _vector("value", value, B)
         cdef const float[:, ::1] logits_
         cdef const float* priors = NULL
-        cdef int64_t[::1] parent_ = self._parent, action_ = self._action, edge_ = self._edge
         if logits is not None:
             logits_ = _matrix("logits", logits, B, self.num_inner_actions)
             priors = &logits_[0, 0]
-        and_select = and_select and self.tree.simulation + 1 < self.num_simulations
         with nogil:
             if and_select:
-                self.tree.step(&reward_[0], &value_[0], priors, &parent_[0], &action_[0], &edge_[0])
+                self.advance(&reward_[0], &value_[0], priors)
             else:
                 self.tree.backup(&reward_[0], &value_[0], priors)
-        self._selected = and_select
+                self._selected = False
+
+    cdef int advance(self, const float* reward, const float* value, const float* logits) except -1 nogil:
+        """:meth:`step` for compiled callers, who have checked the arrays."""
+        if self.tree.simulation + 1 < self.num_simulations:
+            self.tree.step(reward, value, logits, self._parent_data, self._action_data, self._edge_data)
+        else:
+            self.tree.backup(reward, value, logits)
+            self._selected = False
+        return 0
 
     cdef int _size(self) except -1:
         if self.tree.B == 0:
