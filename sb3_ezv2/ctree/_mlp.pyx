@@ -126,8 +126,7 @@ cdef class Mlp:
     cdef list _sources
     cdef vector[const float*] _live
     cdef vector[vector[float]] _copies
-    cdef float[::1] _reward, _value
-    cdef float[:, ::1] _policy
+    cdef vector[float] _reward, _value, _policy
 
     def __init__(self, dict weights, bint discrete, list sources, int level=2):
         cdef CMlp* mlp = &self.mlp
@@ -162,7 +161,6 @@ cdef class Mlp:
         mlp.allocate(level)
         self._sources = sources
         self._remember()
-        self._make_room(16)
 
     cdef int _remember(self) except -1:
         cdef const float[::1] view
@@ -173,13 +171,6 @@ cdef class Mlp:
             view = array
             self._live.push_back(&view[0])
             self._copies[i].assign(&view[0], &view[0] + view.shape[0])
-        return 0
-
-    cdef int _make_room(self, int rows) except -1:
-        if self._reward is None or self._reward.shape[0] < rows:
-            self._reward = np.zeros(rows, np.float32)
-            self._value = np.zeros(rows, np.float32)
-            self._policy = np.zeros((rows, self.outputs), np.float32)
         return 0
 
     def is_current(self) -> bool:
@@ -245,10 +236,12 @@ cdef class Mlp:
             ):
                 raise ValueError(f"noise must have the shape [{S}, {rows}, {M}, {A}]")
             chosen = tree._edge_data
-        self._make_room(rows)
-        cdef float* reward = &self._reward[0]
-        cdef float* value = &self._value[0]
-        cdef float* policy = &self._policy[0, 0]
+        self._reward.resize(rows)
+        self._value.resize(rows)
+        self._policy.resize(<size_t>rows * self.outputs)
+        cdef float* reward = self._reward.data()
+        cdef float* value = self._value.data()
+        cdef float* policy = self._policy.data()
         cdef float* state = &states[0, 0]
         cdef float* action = NULL
         if not self.discrete:
