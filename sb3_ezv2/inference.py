@@ -20,13 +20,13 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_ezv2.ctree import Mlp
-from sb3_ezv2.distributions import CategoricalSupport, SquashedGaussian
+from sb3_ezv2.distributions import CategoricalSupport
 from sb3_ezv2.networks import Dynamics, Ezv2Network, Head, ResidualBlock, RunningNorm
 
 _TRACING = threading.Lock()
 """Tracing a module uses state of the whole process."""
 
-Step = Callable[[th.Tensor, th.Tensor, "th.Tensor | None"], tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]]
+Step = Callable[[th.Tensor, th.Tensor], tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]]
 
 
 class SearchModel(Protocol):
@@ -71,23 +71,21 @@ class TracedModel:
         self._folds: list[_Fold] = []
         self._step: Step = _Step(model)
 
-    def step(self, state: th.Tensor, action: th.Tensor, noise: th.Tensor | None) -> Step:
+    def step(self, state: th.Tensor, action: th.Tensor) -> Step:
         """
         The step with the weights as they are now, for the simulations of one search.
 
         :param state: [B, ...], an example
         :param action: int64 [B] or float [B, A], an example
-        :param noise: [B or 1, M, A], an example; None for discrete actions
-        :return: from these three to the new states, rewards [B], values [B], and the output of the policy head or, with noise,
-            the new states' candidate actions [B * M, A]
+        :return: from these two to the new states, rewards [B], values [B], and the output of the policy head
         """
         if self._watch is None or self._device != state.device or not self._watch.holds():
-            self._trace(state, action, noise)
+            self._trace(state, action)
         for fold in self._folds:
             fold.refresh()
         return self._step
 
-    def _trace(self, state: th.Tensor, action: th.Tensor, noise: th.Tensor | None) -> None:
+    def _trace(self, state: th.Tensor, action: th.Tensor) -> None:
         self._watch, self._device, self._folds = _Watch([]), state.device, []
         autocast: Any = nullcontext()
         if self.bfloat16 and (state.device.type != "cpu" or bfloat16_is_fast()):
@@ -96,7 +94,6 @@ class TracedModel:
         if not isinstance(self.model, nn.Module):
             return
         self._watch = _Watch([self.model])
-        example = (state, action) if noise is None else (state, action, noise)
         with _TRACING, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -104,11 +101,10 @@ class TracedModel:
                 for fold in folds:
                     fold.refresh()
                 with autocast:
-                    traced = th.jit.trace(_StepModule(folded), example, check_trace=False)
+                    traced = th.jit.trace(_StepModule(folded), (state, action), check_trace=False)
             except (RuntimeError, AttributeError, NotImplementedError, TypeError, ValueError):
                 return
-        self._folds = folds
-        self._step = traced if noise is not None else lambda state, action, noise: traced(state, action)
+        self._folds, self._step = folds, traced
 
 
 class _Step:
@@ -118,13 +114,9 @@ class _Step:
         self.model = model
         self.context = nullcontext() if context is None else context
 
-    def __call__(
-        self, state: th.Tensor, action: th.Tensor, noise: th.Tensor | None = None
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+    def __call__(self, state: th.Tensor, action: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
         with self.context:
             state, reward, value, policy = self.model.recurrent_inference(state, action)
-        if noise is not None:
-            policy = SquashedGaussian(policy.float().unsqueeze(1)).sample(noise).flatten(0, 1)
         return state, reward.float(), value.float(), policy.float()
 
 
@@ -135,10 +127,8 @@ class _StepModule(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(
-        self, state: th.Tensor, action: th.Tensor, noise: th.Tensor | None = None
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
-        return _Step(self.model)(state, action, noise)
+    def forward(self, state: th.Tensor, action: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+        return _Step(self.model)(state, action)
 
 
 class _Fold:

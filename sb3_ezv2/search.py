@@ -14,14 +14,14 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_ezv2.ctree import Tree
+from sb3_ezv2.ctree import Tree, sample_actions
 from sb3_ezv2.distributions import MAX_ACTION, SquashedGaussian
-from sb3_ezv2.inference import NativeModel, SearchModel, TracedModel
+from sb3_ezv2.inference import NativeModel, SearchModel, Step, TracedModel
 
 MIN_Q_RANGE = 0.01
 """Least range of the q's when they are normalised, in units of the reward scale (EfficientZero Eq. 10)."""
 
-NATIVE_MAX_ROOTS = 16
+NATIVE_MAX_ROOTS = 64
 """Up to so many roots are searched with the model in C++, if there is one for the model."""
 
 
@@ -181,30 +181,32 @@ class GumbelSearch:
         :param actions: [B * K + S * B * M, A], the first B * K of them filled; None for discrete actions
         :param noise: [S, B or 1, M, A], of the candidates of the inner nodes; None for discrete actions
         """
-        tree, device = work.tree, states.device
+        tree, device, settings = work.tree, states.device, self.settings
         num_roots = len(tree.parent)
         parent, action, edge = (th.from_numpy(index) for index in (tree.parent, tree.action, tree.edge))
         leaf_states, leaf_actions = work.leaf_states[:num_roots], work.leaf_actions[:num_roots]
-        step = None
-        for simulation in range(self.settings.n_simulations):
+        pool = states.unflatten(0, (-1, num_roots)).unbind()  # of the nodes that each simulation makes, after the roots
+        if actions is not None and noise is not None:
+            shape = settings.n_simulations, num_roots * self.num_inner_actions, self.model.action_dim
+            inner_noise = noise.unbind()
+            inner_actions = actions[num_roots * self.num_root_actions :].view(shape).unbind()
+        step: Step | None = None
+        for simulation in range(settings.n_simulations):
             th.index_select(states, 0, parent.to(device), out=leaf_states)
             if actions is None:
                 leaf_actions = action.to(device)
             else:
                 th.index_select(actions, 0, edge.to(device), out=leaf_actions)
-            inner_noise = None if noise is None else noise[simulation]
             if step is None:
-                step = self._traced.step(leaf_states, leaf_actions, inner_noise)
-            new_state, reward, value, policy = step(leaf_states, leaf_actions, inner_noise)
-            first = (simulation + 1) * num_roots
-            states[first : first + num_roots] = new_state
+                step = self._traced.step(leaf_states, leaf_actions)
+            new_state, reward, value, policy = step(leaf_states, leaf_actions)
+            pool[simulation + 1].copy_(new_state)
             try:
                 tree.step(_to_numpy(reward), _to_numpy(value), _to_numpy(policy) if actions is None else None)
             except ValueError as error:
                 raise ValueError(f"the model's outputs in simulation {simulation} cannot be searched: {error}") from error
             if actions is not None:
-                first = num_roots * (self.num_root_actions + simulation * self.num_inner_actions)
-                actions[first : first + num_roots * self.num_inner_actions] = policy
+                _sample(policy, inner_noise[simulation], inner_actions[simulation], work.scratch)
 
     def _sample_candidates(self, policy: th.Tensor, rng: np.random.Generator | None) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -266,6 +268,7 @@ class GumbelSearch:
                 leaf_states=th.empty_like(state),
                 leaf_actions=state.new_empty(num_roots, self.model.action_dim),
                 zeros=np.zeros((num_roots, self.num_root_actions), dtype=np.float32),
+                scratch=np.zeros((num_roots, 2 * self.model.action_dim), dtype=np.float32),
             )
             self._workspace = work
         return work
@@ -280,6 +283,7 @@ class _Workspace(NamedTuple):
     :param leaf_states: [roots, D], what the model's step begins with
     :param leaf_actions: [roots, A]
     :param zeros: float32 [roots, K]
+    :param scratch: float32 [roots, 2A]
     """
 
     tree: Tree
@@ -289,6 +293,22 @@ class _Workspace(NamedTuple):
     leaf_states: th.Tensor
     leaf_actions: th.Tensor
     zeros: np.ndarray
+    scratch: np.ndarray
+
+
+def _sample(policy: th.Tensor, noise: th.Tensor, out: th.Tensor, scratch: np.ndarray) -> None:
+    """
+    Candidate actions of new states.
+
+    :param policy: [B, 2A] output of the policy head
+    :param noise: [B or 1, M, A], standard normal
+    :param out: [B * M, A]
+    :param scratch: float32 [at least B, 2A]
+    """
+    if out.device.type == "cpu":
+        sample_actions(_to_numpy(policy), noise.numpy(), MAX_ACTION, scratch, out.numpy())
+    else:
+        out.copy_(SquashedGaussian(policy.unsqueeze(1)).sample(noise).flatten(0, 1))
 
 
 def _to_numpy(x: th.Tensor) -> np.ndarray:

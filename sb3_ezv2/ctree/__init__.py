@@ -4,7 +4,7 @@ out; they know no torch.
 """
 
 try:
-    from sb3_ezv2.ctree._mlp import Mlp
+    from sb3_ezv2.ctree._mlp import Mlp, sample_actions
     from sb3_ezv2.ctree._tree import Tree, considered_visits
 except ImportError as error:  # a source tree that was not installed
     raise ImportError(
@@ -12,4 +12,4 @@ except ImportError as error:  # a source tree that was not installed
         "or build it in place with `python setup.py build_ext --inplace`."
     ) from error
 
-__all__ = ["Mlp", "Tree", "considered_visits"]
+__all__ = ["Mlp", "Tree", "considered_visits", "sample_actions"]

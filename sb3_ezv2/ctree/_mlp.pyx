@@ -50,7 +50,39 @@ cdef extern from "mlp.hpp" namespace "ezv2" nogil:
         void initial(int, const float*, float*, float*, float*)
         void step(int, const float*, const int64_t*, const float*, const int64_t*, float*, float*, float*, float*)
 
-    void _sample_actions "ezv2::sample_actions"(const float*, int, int, const float*, float, float*)
+    void _sample_actions "ezv2::sample_actions"(
+        const float*, int, int, int, const float*, bint, float, float*, float*
+    )
+
+
+def sample_actions(
+    const float[:, ::1] params, const float[:, :, ::1] noise, float limit, float[:, ::1] scratch, float[:, ::1] out
+) -> None:
+    """
+    Actions of squashed Gaussians, tanh(mu + sigma * noise), clipped; see :class:`sb3_ezv2.distributions.SquashedGaussian`.
+
+    :param params: float32 [B, 2A], output of the policy head
+    :param noise: float32 [B or 1, M, A], standard normal
+    :param limit: actions are clipped to +-limit
+    :param scratch: float32 [at least B, 2A], is overwritten
+    :param out: float32 [B * M, A]
+    :raises ValueError: shapes that do not belong together
+    """
+    cdef Py_ssize_t rows = params.shape[0], count = noise.shape[1], dims = noise.shape[2]
+    if (
+        rows < 1 or count < 1 or dims < 1 or params.shape[1] != 2 * dims or (noise.shape[0] != rows and noise.shape[0] != 1)
+        or scratch.shape[0] < rows or scratch.shape[1] != 2 * dims or out.shape[0] != rows * count or out.shape[1] != dims
+    ):
+        raise ValueError(
+            "sample_actions needs params [B, 2A], noise [B or 1, M, A], scratch [B, 2A] and out [B * M, A], not "
+            f"{params.shape[0], params.shape[1]}, {noise.shape[0], noise.shape[1], noise.shape[2]}, "
+            f"{scratch.shape[0], scratch.shape[1]} and {out.shape[0], out.shape[1]}"
+        )
+    with nogil:
+        _sample_actions(
+            &params[0, 0], <int>rows, <int>dims, <int>count, &noise[0, 0, 0], noise.shape[0] == 1, limit,
+            &scratch[0, 0], &out[0, 0],
+        )
 
 
 cdef int _pack_linear(Linear* layer, arrays, int inputs) except -1:
@@ -126,7 +158,7 @@ cdef class Mlp:
     cdef list _sources
     cdef vector[const float*] _live
     cdef vector[vector[float]] _copies
-    cdef vector[float] _reward, _value, _policy
+    cdef vector[float] _reward, _value, _policy, _scratch
 
     def __init__(self, dict weights, bint discrete, list sources, int level=2):
         cdef CMlp* mlp = &self.mlp
@@ -214,7 +246,7 @@ cdef class Mlp:
         :raises ValueError: arrays of the wrong shape; the model gave NaN or infinite values
         """
         cdef int rows, S = tree.num_simulations, K = tree.num_root_actions, M = tree.num_inner_actions
-        cdef int simulation, b, D = self.state_dim, A = self.action_dim
+        cdef int simulation, D = self.state_dim, A = self.action_dim
         cdef const float* logits = NULL
         cdef const int64_t* chosen = tree._action_data
         cdef bint shared_noise = False, finite = True
@@ -239,9 +271,11 @@ cdef class Mlp:
         self._reward.resize(rows)
         self._value.resize(rows)
         self._policy.resize(<size_t>rows * self.outputs)
+        self._scratch.resize(<size_t>rows * self.outputs)
         cdef float* reward = self._reward.data()
         cdef float* value = self._value.data()
         cdef float* policy = self._policy.data()
+        cdef float* scratch = self._scratch.data()
         cdef float* state = &states[0, 0]
         cdef float* action = NULL
         if not self.discrete:
@@ -259,11 +293,10 @@ cdef class Mlp:
                 if not finite:
                     break
                 if not self.discrete:
-                    for b in range(rows):
-                        _sample_actions(
-                            policy + b * self.outputs, A, M, &noise[simulation, 0 if shared_noise else b, 0, 0], limit,
-                            action + (<size_t>rows * K + (<size_t>simulation * rows + b) * M) * A,
-                        )
+                    _sample_actions(
+                        policy, rows, A, M, &noise[simulation, 0, 0, 0], shared_noise, limit, scratch,
+                        action + (<size_t>rows * K + <size_t>simulation * rows * M) * A,
+                    )
                 tree.advance(reward, value, logits)
         if not finite:
             raise ValueError(f"the model's outputs in simulation {simulation} cannot be searched: they have NaN or infinite entries")

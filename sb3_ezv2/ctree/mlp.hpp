@@ -374,17 +374,58 @@ private:
     std::vector<float> buffer_;  // [kBuffers, kRows, stride]
 };
 
-// Actions of a squashed Gaussian: tanh(mu + sigma * noise), clipped. params: [2 * dims] of the policy head; noise and out:
-// [count, dims]. See SquashedGaussian.
-inline void sample_actions(const float* params, int dims, int count, const float* noise, float limit, float* out) {
-    for (int d = 0; d < dims; ++d) {
-        const float mean = 5.0f * std::tanh(params[d] / 5.0f), y = params[dims + d] + 1.0f;
-        const float std = (y > 20.0f ? y : std::log1p(std::exp(y))) + 0.1f;
-        for (int i = 0; i < count; ++i) {
-            const float x = std::tanh(mean + std * noise[i * dims + d]);
-            out[i * dims + d] = x < -limit ? -limit : x > limit ? limit : x;
+// Written so that NaN stays NaN. A loop by itself, or compilers make branches of it, which they do not vectorise.
+inline void clip(float* x, size_t count, float limit) {
+    for (size_t i = 0; i < count; ++i) x[i] = x[i] < -limit ? -limit : x[i] > limit ? limit : x[i];
+}
+
+// tanh to 1e-7 for |x| <= 40, and log(1 + e^x) to 1e-6 for |x| <= 80, without calls and branches: loops over them are vectorised.
+inline float fast_tanh(float x) {
+    const float e = exp_float(-2.0f * std::abs(x));
+    return std::copysign((1.0f - e) / (1.0f + e), x);
+}
+
+inline float fast_softplus(float x) {
+    const float e = exp_float(-std::abs(x));
+    const float s = e / (2.0f + e), s2 = s * s;  // log(1 + e) = 2 atanh(s), s <= 1/3
+    float p = 1.0f / 13;
+    p = p * s2 + 1.0f / 11;
+    p = p * s2 + 1.0f / 9;
+    p = p * s2 + 1.0f / 7;
+    p = p * s2 + 1.0f / 5;
+    p = p * s2 + 1.0f / 3;
+    p = p * s2 + 1.0f;
+    return std::max(x, 0.0f) + 2.0f * s * p;
+}
+
+// Actions of squashed Gaussians: tanh(mu + sigma * noise), clipped; see SquashedGaussian. params: [rows, 2 * dims] of the
+// policy head; noise: [rows, count, dims], or [count, dims] for all rows; out: [rows, count, dims]; scratch: [rows, 2 * dims].
+inline void sample_actions(const float* params, int rows, int dims, int count, const float* noise, bool shared, float limit,
+                           float* scratch, float* out) {
+    const size_t width = size_t(2) * dims, each = size_t(count) * dims;
+    float* mean = scratch;                // [rows, dims]
+    float* std = scratch + rows * dims;   // [rows, dims]
+    for (int r = 0; r < rows; ++r) {
+        std::copy_n(params + r * width, dims, mean + size_t(r) * dims);
+        std::copy_n(params + r * width + dims, dims, std + size_t(r) * dims);
+    }
+    const size_t params_each = size_t(rows) * dims;
+    for (size_t i = 0; i < params_each; ++i) mean[i] /= 5.0f;
+    for (size_t i = 0; i < params_each; ++i) std[i] += 1.0f;
+    clip(mean, params_each, 40.0f);
+    clip(std, params_each, 80.0f);
+    for (size_t i = 0; i < params_each; ++i) mean[i] = 5.0f * fast_tanh(mean[i]);
+    for (size_t i = 0; i < params_each; ++i) std[i] = fast_softplus(std[i]) + 0.1f;
+    for (int r = 0; r < rows; ++r) {
+        const float* z = noise + (shared ? 0 : r * each);
+        for (int c = 0; c < count; ++c) {
+            float* x = out + r * each + size_t(c) * dims;
+            for (int d = 0; d < dims; ++d) x[d] = mean[size_t(r) * dims + d] + std[size_t(r) * dims + d] * z[size_t(c) * dims + d];
         }
     }
+    clip(out, rows * each, 40.0f);
+    for (size_t i = 0; i < rows * each; ++i) out[i] = fast_tanh(out[i]);
+    clip(out, rows * each, limit);
 }
 
 }  // namespace ezv2
