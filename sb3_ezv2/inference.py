@@ -145,13 +145,14 @@ class _Fold:
         if self.folded.bias is None:
             self.folded.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)), requires_grad=False)
 
+    @th.no_grad()
     def refresh(self) -> None:
         """Takes over the weights and statistics as they are now."""
         layer, norm = self.layer, self.norm
         scale = th.rsqrt(norm.running_var + norm.eps) * norm.weight
-        th.mul(layer.weight, scale.view(-1, *[1] * (layer.weight.dim() - 1)), out=self.folded.weight.data)
+        th.mul(layer.weight, scale.view(-1, *[1] * (layer.weight.dim() - 1)), out=self.folded.weight)
         bias = -norm.running_mean if layer.bias is None else layer.bias - norm.running_mean
-        th.addcmul(norm.bias, bias, scale, out=self.folded.bias.data)
+        th.addcmul(norm.bias, bias, scale, out=self.folded.bias)
 
 
 def _fold_batch_norm(model: nn.Module) -> tuple[nn.Module, list[_Fold]]:
@@ -229,6 +230,7 @@ class _NotStockError(Exception):
     """A module is not what :mod:`sb3_ezv2.networks` builds."""
 
 
+@th.no_grad()
 def export_weights(model: Ezv2Network) -> dict[str, Any] | None:
     """
     :param model: in evaluation mode
