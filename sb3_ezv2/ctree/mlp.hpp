@@ -379,14 +379,14 @@ inline void clip(float* x, size_t count, float limit) {
     for (size_t i = 0; i < count; ++i) x[i] = x[i] < -limit ? -limit : x[i] > limit ? limit : x[i];
 }
 
-// tanh to 1e-7 for |x| <= 40, and log(1 + e^x) to 1e-6 for |x| <= 80, without calls and branches: loops over them are vectorised.
+// tanh to 1e-7 for |x| <= 40, and log(1 + e^x) to 1e-6 for -87 <= x <= 0, without calls and branches: loops over them are vectorised.
 inline float fast_tanh(float x) {
     const float e = exp_float(-2.0f * std::abs(x));
     return std::copysign((1.0f - e) / (1.0f + e), x);
 }
 
-inline float fast_softplus(float x) {
-    const float e = exp_float(-std::abs(x));
+inline float fast_log1p_exp(float x) {
+    const float e = exp_float(x);
     const float s = e / (2.0f + e), s2 = s * s;  // log(1 + e) = 2 atanh(s), s <= 1/3
     float p = 1.0f / 13;
     p = p * s2 + 1.0f / 11;
@@ -395,7 +395,7 @@ inline float fast_softplus(float x) {
     p = p * s2 + 1.0f / 5;
     p = p * s2 + 1.0f / 3;
     p = p * s2 + 1.0f;
-    return std::max(x, 0.0f) + 2.0f * s * p;
+    return 2.0f * s * p;
 }
 
 // Actions of squashed Gaussians: tanh(mu + sigma * noise), clipped; see SquashedGaussian. params: [rows, 2 * dims] of the
@@ -413,9 +413,12 @@ inline void sample_actions(const float* params, int rows, int dims, int count, c
     for (size_t i = 0; i < params_each; ++i) mean[i] /= 5.0f;
     for (size_t i = 0; i < params_each; ++i) std[i] += 1.0f;
     clip(mean, params_each, 40.0f);
-    clip(std, params_each, 80.0f);
+    // softplus(y) = max(y, 0) + log(1 + e^-|y|)
+    for (size_t i = 0; i < params_each; ++i) out[i] = std[i];
+    clip(out, params_each, 80.0f);
     for (size_t i = 0; i < params_each; ++i) mean[i] = 5.0f * fast_tanh(mean[i]);
-    for (size_t i = 0; i < params_each; ++i) std[i] = fast_softplus(std[i]) + 0.1f;
+    for (size_t i = 0; i < params_each; ++i) out[i] = fast_log1p_exp(-std::abs(out[i]));
+    for (size_t i = 0; i < params_each; ++i) std[i] = (std[i] < 0.0f ? 0.0f : std[i]) + out[i] + 0.1f;
     for (int r = 0; r < rows; ++r) {
         const float* z = noise + (shared ? 0 : r * each);
         for (int c = 0; c < count; ++c) {
