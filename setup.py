@@ -24,21 +24,31 @@ class BuildPy(build_py):
         return [*super().get_outputs(include_bytecode), *pth]
 
 
-# No -march=native: a wheel runs on every machine of its architecture. No -ffast-math, no contraction to fused
-# multiply-adds: the tree gives the same result on every architecture and agrees with its references.
+# No -march=native: a wheel runs on every machine of its architecture; what can use more asks the processor. No -ffast-math.
 if os.name == "nt":
-    compile_args, link_args = ["/O2", "/std:c++17", "/EHsc"], []
+    compile_args, link_args, exact, fused = ["/O2", "/std:c++17", "/EHsc"], [], [], []
 else:
-    compile_args, link_args = ["-O3", "-std=c++17", "-pthread", "-ffp-contract=off", "-g0"], ["-pthread"]
+    compile_args, link_args = ["-O3", "-std=c++17", "-pthread", "-g0"], ["-pthread"]
+    # The tree: no contraction to fused multiply-adds, so that it gives the same result on every architecture and agrees
+    # with its references. The model: as fast as can be.
+    exact, fused = ["-ffp-contract=off"], ["-ffp-contract=fast"]
 
-tree = Extension(
-    "sb3_ezv2.ctree._tree",
-    sources=["sb3_ezv2/ctree/_tree.pyx"],
-    # Not compiled by itself, but a change of it compiles the extension anew.
-    depends=["sb3_ezv2/ctree/tree.hpp"],
-    language="c++",
-    extra_compile_args=compile_args,
-    extra_link_args=link_args,
+
+def extension(name: str, headers: list[str], more: list[str]) -> Extension:
+    return Extension(
+        f"sb3_ezv2.ctree.{name}",
+        sources=[f"sb3_ezv2/ctree/{name}.pyx"],
+        # Not compiled by themselves, but a change of one compiles the extension anew.
+        depends=[f"sb3_ezv2/ctree/{header}" for header in headers],
+        language="c++",
+        extra_compile_args=compile_args + more,
+        extra_link_args=link_args,
+    )
+
+
+setup(
+    ext_modules=cythonize(
+        [extension("_tree", ["tree.hpp"], exact), extension("_mlp", ["tree.hpp", "mlp.hpp", "_tree.pxd"], fused)]
+    ),
+    cmdclass={"build_py": BuildPy},
 )
-
-setup(ext_modules=cythonize([tree]), cmdclass={"build_py": BuildPy})

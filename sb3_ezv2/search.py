@@ -8,41 +8,21 @@ expand (:class:`sb3_ezv2.ctree.Tree`), the model makes one step from all of them
 
 from __future__ import annotations
 
-import threading
-import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_ezv2.ctree import Tree
-from sb3_ezv2.distributions import CategoricalSupport, SquashedGaussian
+from sb3_ezv2.ctree import Tree, sample_actions
+from sb3_ezv2.distributions import MAX_ACTION, SquashedGaussian
+from sb3_ezv2.inference import NativeModel, SearchModel, Step, TracedModel
 
 MIN_Q_RANGE = 0.01
 """Least range of the q's when they are normalised, in units of the reward scale (EfficientZero Eq. 10)."""
 
-_TRACING = threading.Lock()
-"""PyTorch keeps what is being traced in one global; agents may learn in several threads."""
-
-
-class SearchModel(Protocol):
-    """What the search needs of a model; see :class:`sb3_ezv2.networks.Ezv2Network`."""
-
-    discrete: bool
-    action_dim: int
-    state_dim: int
-    training: bool
-    reward_support: CategoricalSupport
-
-    def initial_inference(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor, th.Tensor]: ...
-
-    def recurrent_inference(
-        self, state: th.Tensor, action: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]: ...
-
-    def eval(self) -> Any: ...
+NATIVE_MAX_ROOTS = 64
+"""Up to so many roots are searched with the model in C++, if there is one for the model."""
 
 
 class SearchSettings(NamedTuple):
@@ -98,24 +78,33 @@ class GumbelSearch:
     """
     Searches with one model. The trees and the state pool are allocated for the largest batch seen and reused.
 
-    :param model: see :class:`SearchModel`; its weights may change between searches
+    :param model: see :class:`sb3_ezv2.inference.SearchModel`; its weights may change between searches
     :param settings: see :class:`SearchSettings`
     :param max_roots: larger batches are searched in pieces of this size, which bounds the memory
+    :param bfloat16: matrix products of batches of more than :data:`NATIVE_MAX_ROOTS` roots in bfloat16, on processors that have it
     """
 
-    def __init__(self, model: SearchModel, settings: SearchSettings, max_roots: int = 2048):
+    def __init__(self, model: SearchModel, settings: SearchSettings, max_roots: int = 2048, bfloat16: bool = False):
         self.model = model
         self.settings = settings
         self.max_roots = max_roots
+        self.bfloat16 = bfloat16
         self.num_root_actions = model.action_dim if model.discrete else settings.n_sampled_actions
         self.num_inner_actions = model.action_dim if model.discrete else settings.n_inner_actions
+        self._forget()
+
+    def _forget(self) -> None:
         self._workspace: _Workspace | None = None
-        self._recurrent: Callable[..., tuple[th.Tensor, ...]] | None = None
-        self._traced_buffer: th.Tensor | None = None
+        self._traced = TracedModel(self.model, self.bfloat16)
+        self._native = NativeModel(self.model)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Storage and traced code are made again when needed
-        return {**self.__dict__, "_workspace": None, "_recurrent": None, "_traced_buffer": None}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_workspace", "_traced", "_native")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Storage and compiled code are made again when needed
+        self.__dict__.update(state)
+        self._forget()
 
     @th.no_grad()
     def run(self, obs: PyTorchObs, rng: np.random.Generator | None) -> SearchResult:
@@ -128,7 +117,7 @@ class GumbelSearch:
         """
         if self.model.training:
             self.model.eval()
-        num_roots = len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)
+        num_roots = _batch_size(obs)
         if num_roots <= self.max_roots:
             return self._run(obs, rng)
         parts = []
@@ -138,45 +127,41 @@ class GumbelSearch:
         return SearchResult(*(None if field[0] is None else th.cat(field) for field in zip(*parts)))  # type: ignore[arg-type]
 
     def _run(self, obs: PyTorchObs, rng: np.random.Generator | None) -> SearchResult:
-        settings = self.settings
-        state, value, policy = self.model.initial_inference(obs)
+        num_roots = _batch_size(obs)
+        native = self._native.get() if num_roots <= NATIVE_MAX_ROOTS else None
+        if native is None:
+            state, value, policy = self.model.initial_inference(obs)
+        else:
+            features = self.model.features(obs).float().contiguous().numpy()  # type: ignore[attr-defined]
+            state, value, policy = (th.from_numpy(x) for x in native.initial(features))
         network_value = value
-        num_roots = len(state)
         work = self._get_workspace(num_roots, state)
         tree = work.tree
-        states = work.states[: (settings.n_simulations + 1) * num_roots]
+        states = work.states[: (self.settings.n_simulations + 1) * num_roots]
         states[:num_roots] = state
-        root_logits = _to_numpy(policy) if self.model.discrete else work.zeros[:num_roots]
-        gumbel = work.zeros[:num_roots]
-        if self.model.discrete and rng is not None:
-            gumbel = rng.gumbel(size=(num_roots, self.num_root_actions)).astype(np.float32)
+        candidates, noise, actions = None, None, None
+        root_logits = gumbel = work.zeros[:num_roots]
+        if self.model.discrete:
+            root_logits = _to_numpy(policy)
+            if rng is not None:
+                gumbel = rng.gumbel(size=(num_roots, self.num_root_actions)).astype(np.float32)
+        else:
+            candidates, noise = self._sample_candidates(policy, rng)
+            # [B * K + S * B * M, A]: the roots' candidates, then those of each simulation's new states
+            edges = self.num_root_actions + self.settings.n_simulations * self.num_inner_actions
+            actions = work.actions[: num_roots * edges]
+            actions[: num_roots * self.num_root_actions] = candidates.flatten(0, 1)
         try:
             tree.reset(_to_numpy(value), root_logits, gumbel)
         except ValueError as error:
             raise ValueError(f"the model's outputs for the observations cannot be searched: {error}") from error
-        candidates, noise = None, None
-        if not self.model.discrete:
-            candidates, noise = self._sample_candidates(policy, rng)
-            # [B * K + S * B * M, A]: the roots' candidates, then those of each simulation's new states
-            actions = work.actions[: num_roots * (self.num_root_actions + settings.n_simulations * self.num_inner_actions)]
-            actions[: num_roots * self.num_root_actions] = candidates.flatten(0, 1)
-        parent, action, edge = (th.from_numpy(index) for index in (tree.parent, tree.action, tree.edge))
-        recurrent = self._get_recurrent(state)
+        tree.select()
+        if native is None:
+            self._simulate(work, states, actions, noise)
+        else:
+            arrays = (None, None) if actions is None or noise is None else (actions.numpy(), noise.numpy())
+            native.search(tree, states.numpy(), *arrays, MAX_ACTION)
         device = state.device
-        for simulation in range(settings.n_simulations):
-            tree.select()
-            leaf_action = action.to(device) if self.model.discrete else actions.index_select(0, edge.to(device))
-            new_state, reward, value, policy = recurrent(states.index_select(0, parent.to(device)), leaf_action)
-            first = (simulation + 1) * num_roots
-            states[first : first + num_roots] = new_state
-            try:
-                tree.backup(_to_numpy(reward), _to_numpy(value), _to_numpy(policy) if self.model.discrete else None)
-            except ValueError as error:
-                raise ValueError(f"the model's outputs in simulation {simulation} cannot be searched: {error}") from error
-            if noise is not None:
-                first = num_roots * (self.num_root_actions + simulation * self.num_inner_actions)
-                inner = SquashedGaussian(policy.unsqueeze(1)).sample(noise[simulation])  # [B, M, A]
-                actions[first : first + num_roots * self.num_inner_actions] = inner.flatten(0, 1)
         return SearchResult(
             action=th.from_numpy(tree.best_action()).to(device),
             policy=th.from_numpy(tree.policy()).to(device),
@@ -185,6 +170,43 @@ class GumbelSearch:
             network_value=network_value,
             depth=th.from_numpy(tree.depth()).to(device),
         )
+
+    def _simulate(
+        self, work: _Workspace, states: th.Tensor, actions: th.Tensor | None, noise: th.Tensor | None
+    ) -> None:
+        """
+        All simulations of B searches, in a tree that has selected the first edges.
+
+        :param states: [(S + 1) * B, ...], the first B of them filled
+        :param actions: [B * K + S * B * M, A], the first B * K of them filled; None for discrete actions
+        :param noise: [S, B or 1, M, A], of the candidates of the inner nodes; None for discrete actions
+        """
+        tree, device, settings = work.tree, states.device, self.settings
+        num_roots = len(tree.parent)
+        parent, action, edge = (th.from_numpy(index) for index in (tree.parent, tree.action, tree.edge))
+        leaf_states, leaf_actions = work.leaf_states[:num_roots], work.leaf_actions[:num_roots]
+        pool = states.unflatten(0, (-1, num_roots)).unbind()  # of the nodes that each simulation makes, after the roots
+        if actions is not None and noise is not None:
+            shape = settings.n_simulations, num_roots * self.num_inner_actions, self.model.action_dim
+            inner_noise = noise.unbind()
+            inner_actions = actions[num_roots * self.num_root_actions :].view(shape).unbind()
+        step: Step | None = None
+        for simulation in range(settings.n_simulations):
+            th.index_select(states, 0, parent.to(device), out=leaf_states)
+            if actions is None:
+                leaf_actions = action.to(device)
+            else:
+                th.index_select(actions, 0, edge.to(device), out=leaf_actions)
+            if step is None:
+                step = self._traced.step(leaf_states, leaf_actions)
+            new_state, reward, value, policy = step(leaf_states, leaf_actions)
+            pool[simulation + 1].copy_(new_state)
+            try:
+                tree.step(_to_numpy(reward), _to_numpy(value), _to_numpy(policy) if actions is None else None)
+            except ValueError as error:
+                raise ValueError(f"the model's outputs in simulation {simulation} cannot be searched: {error}") from error
+            if actions is not None:
+                _sample(policy, inner_noise[simulation], inner_actions[simulation], work.scratch)
 
     def _sample_candidates(self, policy: th.Tensor, rng: np.random.Generator | None) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -213,29 +235,6 @@ class GumbelSearch:
         distribution = SquashedGaussian(policy.unsqueeze(1))
         candidates = distribution.sample(th.from_numpy(root_noise).to(device), th.from_numpy(std_scale).to(device))
         return candidates, th.from_numpy(inner_noise).to(device)
-
-    def _get_recurrent(self, state: th.Tensor) -> Callable[..., tuple[th.Tensor, ...]]:
-        """
-        The model's step, traced: for small batches Python's share of the eager step is larger than the arithmetic.
-        The trace shares the model's weights. Where tracing is not available the eager step serves.
-        """
-        # Module.to() gives a module new buffers, which an old trace does not know
-        if self._recurrent is None or self._traced_buffer is not self.model.reward_support.scale:
-            model = self.model
-            self._traced_buffer = model.reward_support.scale
-            if model.discrete:
-                action = th.zeros(len(state), dtype=th.long, device=state.device)
-            else:
-                action = state.new_zeros(len(state), model.action_dim)
-            self._recurrent = model.recurrent_inference
-            with _TRACING, warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                try:
-                    traced = th.jit.trace_module(model, {"recurrent_inference": (state, action)}, check_trace=False)
-                    self._recurrent = traced.recurrent_inference
-                except (RuntimeError, AttributeError, NotImplementedError, TypeError):
-                    pass
-        return self._recurrent
 
     def _get_workspace(self, num_roots: int, state: th.Tensor) -> _Workspace:
         # The scale is read on every run: it is set after the first transitions have been seen
@@ -266,7 +265,10 @@ class GumbelSearch:
                 min_q_range=min_q_range,
                 states=state.new_empty(nodes, *state.shape[1:]),
                 actions=state.new_empty(0 if self.model.discrete else edges, self.model.action_dim),
+                leaf_states=th.empty_like(state),
+                leaf_actions=state.new_empty(num_roots, self.model.action_dim),
                 zeros=np.zeros((num_roots, self.num_root_actions), dtype=np.float32),
+                scratch=np.zeros((num_roots, 2 * self.model.action_dim), dtype=np.float32),
             )
             self._workspace = work
         return work
@@ -278,15 +280,40 @@ class _Workspace(NamedTuple):
 
     :param states: [(S + 1) * roots, D], row ``slot * B + root`` for the current batch of B roots
     :param actions: [roots * K + S * roots * M, A], candidates of Box actions
+    :param leaf_states: [roots, D], what the model's step begins with
+    :param leaf_actions: [roots, A]
     :param zeros: float32 [roots, K]
+    :param scratch: float32 [roots, 2A]
     """
 
     tree: Tree
     min_q_range: float
     states: th.Tensor
     actions: th.Tensor
+    leaf_states: th.Tensor
+    leaf_actions: th.Tensor
     zeros: np.ndarray
+    scratch: np.ndarray
+
+
+def _sample(policy: th.Tensor, noise: th.Tensor, out: th.Tensor, scratch: np.ndarray) -> None:
+    """
+    Candidate actions of new states.
+
+    :param policy: [B, 2A] output of the policy head
+    :param noise: [B or 1, M, A], standard normal
+    :param out: [B * M, A]
+    :param scratch: float32 [at least B, 2A]
+    """
+    if out.device.type == "cpu":
+        sample_actions(_to_numpy(policy), noise.numpy(), MAX_ACTION, scratch, out.numpy())
+    else:
+        out.copy_(SquashedGaussian(policy.unsqueeze(1)).sample(noise).flatten(0, 1))
 
 
 def _to_numpy(x: th.Tensor) -> np.ndarray:
-    return x.cpu().numpy()
+    return x.cpu().contiguous().numpy()
+
+
+def _batch_size(obs: PyTorchObs) -> int:
+    return len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)

@@ -54,6 +54,7 @@ from sb3_ezv2 import EZV2
         (dict(policy_kwargs=dict(net_arch=[])), "net_arch must be a list of hidden widths"),
         (dict(policy_kwargs=dict(state_dim=0)), "state_dim must be a positive integer"),
         (dict(policy_kwargs=dict(reward_scale=0)), "reward_scale must be"),
+        (dict(policy_kwargs=dict(search_dtype="half")), "search_dtype must be"),
         (dict(policy_kwargs=dict(value_support=(299.0, 50, "h"))), "odd number of bins"),
         (dict(policy_kwargs=dict(value_support=(-1.0, 51, "h"))), "limit must be a positive number"),
         (dict(policy_kwargs=dict(value_support=(1e39, 51, "symexp"))), "limit must be a positive number"),

@@ -20,6 +20,7 @@ from oracles import Node, PlainSearch, Problem, Settings, plain_search, random_p
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
+import sb3_ezv2.search
 from sb3_ezv2.distributions import CategoricalSupport, SquashedGaussian, SupportSpec
 from sb3_ezv2.networks import Ezv2Network
 from sb3_ezv2.search import GumbelSearch, SearchResult, SearchSettings
@@ -183,7 +184,18 @@ BOX = spaces.Box(-1.0, 1.0, (2,))
 SETTINGS = SearchSettings(n_simulations=20, n_sampled_actions=8, n_inner_actions=3, gamma=0.9)
 NOISY_SETTINGS = SearchSettings(n_simulations=2, n_sampled_actions=2)
 """So few of the discrete actions are considered that the noise shows in every result."""
-KINDS = pytest.mark.parametrize("space", [DISCRETE, BOX], ids=["discrete", "box"])
+
+
+def kinds(test: Callable[..., None]) -> Callable[..., None]:
+    """Both kinds of actions, with the model in C++ and with the one that serves large batches."""
+    test = pytest.mark.parametrize("engine", ["native", "traced"], indirect=True)(test)
+    return pytest.mark.usefixtures("engine")(pytest.mark.parametrize("space", [DISCRETE, BOX], ids=["discrete", "box"])(test))
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "traced":
+        monkeypatch.setattr(sb3_ezv2.search, "NATIVE_MAX_ROOTS", 0)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -308,7 +320,7 @@ class Rows(list[Any]):
         return list(self)
 
 
-@KINDS
+@kinds
 def test_search_with_a_network(space: spaces.Space) -> None:
     roots = 24
     network = make_network(space)
@@ -389,7 +401,7 @@ def test_search_based_value_by_hand() -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@KINDS
+@kinds
 def test_without_noise_a_search_depends_on_observation_and_weights_alone(space: spaces.Space) -> None:
     network = make_network(space)
     obs = observations(17)
@@ -411,7 +423,7 @@ def test_without_noise_a_search_depends_on_observation_and_weights_alone(space: 
     assert_same(take(search.run(th.cat([observations(40, seed=1), obs]), None), slice(40, None)), together)
 
 
-@KINDS
+@kinds
 def test_large_batches_are_searched_in_pieces(space: spaces.Space) -> None:
     network = make_network(space)
     obs = observations(23)
@@ -426,7 +438,7 @@ def test_large_batches_are_searched_in_pieces(space: spaces.Space) -> None:
     assert not th.allclose(pieces.policy[:8], pieces.policy[8:])
 
 
-@KINDS
+@kinds
 def test_noise_is_that_of_the_generator(space: spaces.Space) -> None:
     network = make_network(space)
     obs = observations(1).expand(12, -1)
@@ -448,7 +460,7 @@ def test_noise_is_that_of_the_generator(space: spaces.Space) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@KINDS
+@kinds
 def test_weights_changed_in_place_are_seen(space: spaces.Space) -> None:
     """By the copy of a state, by an optimizer, and by a new scale of the rewards."""
     network, other = make_network(space), make_network(space, seed=1)
@@ -471,7 +483,7 @@ def test_weights_changed_in_place_are_seen(space: spaces.Space) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
-@KINDS
+@kinds
 def test_the_unit_of_the_rewards_does_not_matter(space: spaces.Space, scale: float) -> None:
     """The least range of the q's is in units of the scale; weak outputs show that."""
     network = make_network(space)
@@ -490,7 +502,7 @@ def test_the_unit_of_the_rewards_does_not_matter(space: spaces.Space, scale: flo
     th.testing.assert_close(after.value, scale * before.value, rtol=1e-3, atol=1e-6 * scale)
 
 
-@KINDS
+@kinds
 def test_a_model_in_training_mode_is_evaluated(space: spaces.Space) -> None:
     network = make_network(space)
     obs = observations(9)
@@ -502,7 +514,7 @@ def test_a_model_in_training_mode_is_evaluated(space: spaces.Space) -> None:
     assert not any(x.requires_grad for x in expected if x is not None)
 
 
-@KINDS
+@kinds
 def test_copies_search_alike(space: spaces.Space) -> None:
     search = GumbelSearch(make_network(space), SETTINGS, max_roots=6)
     obs = observations(9)
@@ -514,7 +526,7 @@ def test_copies_search_alike(space: spaces.Space) -> None:
     assert len(pickle.dumps(search)) < 2 * len(pickle.dumps(GumbelSearch(search.model, SETTINGS)))
 
 
-@KINDS
+@kinds
 def test_an_untrained_model_prefers_nothing(space: spaces.Space) -> None:
     network = make_network(space)
     for head in (network.value_head, network.reward_head, network.policy_head):
@@ -531,7 +543,7 @@ def test_an_untrained_model_prefers_nothing(space: spaces.Space) -> None:
 
 
 @pytest.mark.parametrize("where", ["observation", "model"])
-@KINDS
+@kinds
 def test_nan_is_said(space: spaces.Space, where: str) -> None:
     network = make_network(space)
     obs = observations(4)

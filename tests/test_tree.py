@@ -1,13 +1,15 @@
 """The search tree against mctx, against a plain Python search, and against answers known by hand."""
 
 import dataclasses
+import os
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from oracles import Problem, Result, Settings, mctx_search, plain_search, random_problem, sequential_halving
@@ -39,11 +41,13 @@ def tree_search(
     tree: Tree | None = None,
     num_threads: int = 1,
     equal_priors: bool = False,
+    fused: bool = True,
 ) -> Result:
     """Search a problem with the tree as the package does: states and candidates lie in flat pools.
 
     :param tree: use this one rather than a new one of just the right size
     :param equal_priors: pass no logits to ``backup``
+    :param fused: ``step`` instead of ``backup`` and the next ``select``
     """
     batch, simulations = problem.num_roots, problem.num_simulations
     tree = make_tree(problem, settings, num_threads=num_threads) if tree is None else tree
@@ -55,7 +59,8 @@ def tree_search(
 
     tree.reset(problem.root_value, problem.root_logits, problem.gumbel)
     for simulation in range(simulations):
-        tree.select()
+        if simulation == 0 or not fused:
+            tree.select()
         for array in (tree.parent, tree.action, tree.edge):
             assert array.shape == (batch,) and array.dtype == np.int64
         assert (tree.parent % batch == row).all()
@@ -64,7 +69,8 @@ def tree_search(
         after = problem.next_state[row, before, code]
         states[simulation + 1] = after
         logits = None if equal_priors else problem.logits[row, after]
-        tree.backup(problem.reward[row, before, code], problem.value[row, after], logits)
+        backup = tree.step if fused else tree.backup
+        backup(problem.reward[row, before, code], problem.value[row, after], logits)
     return Result(
         parent=parents,
         action=actions,
@@ -211,9 +217,7 @@ def test_sampled_search_is_the_plain_one(root_actions: int, inner_actions: int, 
         assert (found.visits.sum(axis=1) == simulations).all()
 
 
-@hypothesis_settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_any_search_is_the_plain_one(data: Any) -> None:
+def check_any_search(data: Any) -> None:
     """Sizes and settings at will, discrete and sampled."""
     root_actions = data.draw(st.integers(1, 20), label="K")
     inner_actions = data.draw(st.none() | st.integers(1, 6), label="M")
@@ -227,8 +231,49 @@ def test_any_search_is_the_plain_one(data: Any) -> None:
     )
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
     problem = random_problem(rng, data.draw(st.integers(1, 6), label="B"), simulations, root_actions, inner_actions)
+    if data.draw(st.booleans(), label="ties"):  # whole numbers, so that many q's and scores are exactly equal
+        unit = np.abs(problem.value).max()
+        problem.value, problem.reward = (np.round(2 * x / unit).astype(np.float32) for x in (problem.value, problem.reward))
+        problem.gumbel, problem.root_logits = (np.round(x).astype(np.float32) for x in (problem.gumbel, problem.root_logits))
     plain = plain_search(problem, settings)
-    assert_same(tree_search(problem, settings), plain, value_scale(problem), 1e-5, plain.margin > NEAR_TIE)
+    fused = data.draw(st.booleans(), label="fused")
+    assert_same(tree_search(problem, settings, fused=fused), plain, value_scale(problem), 1e-5, plain.margin > NEAR_TIE)
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_search_is_the_plain_one(data: Any) -> None:
+    check_any_search(data)
+
+
+@pytest.mark.slow
+@hypothesis_settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_thousands_of_searches_are_the_plain_ones(data: Any) -> None:
+    check_any_search(data)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_backup_and_select_in_one_call_are_the_same(sampled: bool) -> None:
+    problem = random_problem(np.random.default_rng(20), 300, 24, 6, 2 if sampled else None)
+    one, two = (tree_search(problem, Settings(6), fused=fused) for fused in (True, False))
+    assert_identical(one, two)
+
+
+def test_the_last_step_selects_nothing() -> None:
+    tree = small_tree()
+    tree.reset(floats(3), floats(3, 5), floats(3, 5))
+    with pytest.raises(RuntimeError) as error:
+        tree.step(floats(3), floats(3))
+    assert_says_something(error)
+    tree.select()
+    for _ in range(3):
+        tree.step(floats(3), floats(3))
+    for call in (tree.select, lambda: tree.step(floats(3), floats(3))):
+        with pytest.raises(RuntimeError) as error:
+            call()
+        assert_says_something(error)
+    assert tree.visits().sum() == 9
 
 
 def test_edge_counts_every_candidate_once() -> None:
@@ -487,6 +532,48 @@ def test_the_number_of_threads_changes_nothing(sampled: bool) -> None:
     alone = tree_search(problem, settings)
     for num_threads in (2, 4):
         assert_identical(tree_search(problem, settings, num_threads=num_threads), alone)
+
+
+def test_trees_in_threads_of_their_own_do_not_disturb_each_other() -> None:
+    problems = [random_problem(np.random.default_rng(seed), 200, 32, 6, num_states=10) for seed in range(4)]
+    expected = [tree_search(problem, Settings(6)) for problem in problems]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for found, alone in zip(pool.map(lambda problem: tree_search(problem, Settings(6)), problems), expected):
+                assert_identical(found, alone)
+
+
+def test_storage_is_what_was_promised() -> None:
+    """The largest batch of the paper's state tasks: well below 60 MB, and nothing is added while searching."""
+    tree = Tree(1536, 32, 16, 2, num_considered=16, discount=0.99)
+    assert 1e6 < tree.nbytes < 10e6
+    assert Tree(1536, 32, 16, 16, num_considered=16, discount=0.99).nbytes < 10e6
+    rng = np.random.default_rng(0)
+    reward, value = rng.normal(size=(2, 1536)).astype(np.float32)
+    zeros = floats(1536, 16)
+
+    def search() -> None:
+        tree.reset(value, zeros, zeros)
+        tree.select()
+        for _ in range(32):
+            tree.step(reward, value)
+        tree.best_action(), tree.policy(), tree.root_value(), tree.visits(), tree.q_values(), tree.depth()
+
+    for _ in range(3):
+        search()
+    before = resident_bytes()
+    for _ in range(21):  # 1,032,192 simulations
+        search()
+    assert resident_bytes() - before < 2e6
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in use."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        pytest.skip("needs /proc")
 
 
 def test_more_threads_than_roots() -> None:

@@ -1,11 +1,15 @@
-"""The batched search tree, in Cython and C++: arrays in, arrays out. It knows neither torch nor networks."""
+"""
+The compiled parts, in Cython and C++: the batched search tree, and the state model for small batches. Arrays in, arrays
+out; they know no torch.
+"""
 
 try:
+    from sb3_ezv2.ctree._mlp import Mlp, sample_actions
     from sb3_ezv2.ctree._tree import Tree, considered_visits
 except ImportError as error:  # a source tree that was not installed
     raise ImportError(
-        "The compiled search tree of sb3_ezv2 is missing: install the package with `pip install .` "
+        "The compiled part of sb3_ezv2 is missing: install the package with `pip install .` "
         "or build it in place with `python setup.py build_ext --inplace`."
     ) from error
 
-__all__ = ["Tree", "considered_visits"]
+__all__ = ["Mlp", "Tree", "considered_visits", "sample_actions"]

@@ -9,21 +9,7 @@ import numpy as np
 
 cdef extern from "tree.hpp" namespace "ezv2" nogil:
     vector[int32_t] _considered_visits "ezv2::considered_visits"(int, int)
-
-    cdef cppclass CTree "ezv2::Tree":
-        CTree(int, int, int, int, int, double, double, double, double, int) except +
-        int B
-        int simulation
-        size_t memory()
-        void reset(int, const float*, const float*, const float*) except +
-        void select(int64_t*, int64_t*, int64_t*) except +
-        void backup(const float*, const float*, const float*) except +
-        void best_action(int64_t*)
-        void policy(float*) except +
-        void root_value(float*)
-        void root_visits(int32_t*)
-        void q_values(float*)
-        void mean_depth(float*)
+    bint _all_finite "ezv2::all_finite"(const float*, size_t)
 
 
 def _positive(str name, value) -> int:
@@ -47,29 +33,35 @@ def considered_visits(num_considered: int, num_simulations: int) -> np.ndarray:
 
 
 cdef const float[::1] _vector(str name, array, int size):
-    if not isinstance(array, np.ndarray) or array.dtype != np.float32 or array.ndim != 1 or array.shape[0] != size:
+    cdef const float[::1] view = None
+    if isinstance(array, np.ndarray):
+        try:
+            view = array
+        except (ValueError, TypeError, BufferError):
+            view = None
+    if view is None or view.shape[0] != size:
+        if isinstance(array, np.ndarray) and array.dtype == np.float32 and array.shape == (size,):
+            raise ValueError(f"{name} must be C-contiguous")
         raise ValueError(f"{name} must be a float32 array of shape [{size}], not {_describe(array)}")
-    if not array.flags.c_contiguous:
-        raise ValueError(f"{name} must be C-contiguous")
-    if not np.isfinite(array).all():
+    if not _all_finite(&view[0], size):
         raise ValueError(f"{name} has NaN or infinite entries")
-    return array
+    return view
 
 
 cdef const float[:, ::1] _matrix(str name, array, int rows, int columns):
-    if (
-        not isinstance(array, np.ndarray)
-        or array.dtype != np.float32
-        or array.ndim != 2
-        or array.shape[0] != rows
-        or array.shape[1] != columns
-    ):
+    cdef const float[:, ::1] view = None
+    if isinstance(array, np.ndarray):
+        try:
+            view = array
+        except (ValueError, TypeError, BufferError):
+            view = None
+    if view is None or view.shape[0] != rows or view.shape[1] != columns:
+        if isinstance(array, np.ndarray) and array.dtype == np.float32 and array.shape == (rows, columns):
+            raise ValueError(f"{name} must be C-contiguous")
         raise ValueError(f"{name} must be a float32 array of shape [{rows}, {columns}], not {_describe(array)}")
-    if not array.flags.c_contiguous:
-        raise ValueError(f"{name} must be C-contiguous")
-    if not np.isfinite(array).all():
+    if not _all_finite(&view[0, 0], <size_t>rows * columns):
         raise ValueError(f"{name} has NaN or infinite entries")
-    return array
+    return view
 
 
 def _describe(array) -> str:
@@ -83,10 +75,10 @@ cdef class Tree:
     A batch of Gumbel search trees in flat arrays, one simulation of all roots at a time::
 
         tree.reset(root_value, root_logits, gumbel)
+        tree.select()                              # fills tree.parent, tree.action, tree.edge
         for _ in range(num_simulations):
-            tree.select()                          # fills tree.parent, tree.action, tree.edge
             ...                                    # the model's step from these parents with these actions
-            tree.backup(reward, value, logits)
+            tree.step(reward, value, logits)       # backup, and the next select but after the last simulation
         tree.best_action(), tree.policy(), tree.root_value()
 
     The storage is allocated once for ``num_roots`` and reused by every batch of at most so many roots. A root's
@@ -106,12 +98,6 @@ cdef class Tree:
     :raises ValueError: a setting out of its range, or an array of the wrong type, shape or content
     :raises RuntimeError: calls out of order
     """
-
-    cdef CTree* tree
-    cdef readonly int num_roots, num_simulations, num_root_actions, num_inner_actions
-    cdef readonly object parent, action, edge
-    cdef object _parent, _action, _edge
-    cdef bint _selected
 
     def __cinit__(
         self,
@@ -146,6 +132,8 @@ cdef class Tree:
         self._parent = np.zeros(self.num_roots, dtype=np.int64)
         self._action = np.zeros(self.num_roots, dtype=np.int64)
         self._edge = np.zeros(self.num_roots, dtype=np.int64)
+        cdef int64_t[::1] parent_ = self._parent, action_ = self._action, edge_ = self._edge
+        self._parent_data, self._action_data, self._edge_data = &parent_[0], &action_[0], &edge_[0]
 
     def __dealloc__(self):
         del self.tree
@@ -192,9 +180,8 @@ cdef class Tree:
             raise RuntimeError("select() twice without the backup() between")
         if self.tree.simulation >= self.num_simulations:
             raise RuntimeError(f"all {self.num_simulations} simulations of this batch are done: call reset()")
-        cdef int64_t[::1] parent_ = self._parent, action_ = self._action, edge_ = self._edge
         with nogil:
-            self.tree.select(&parent_[0], &action_[0], &edge_[0])
+            self.tree.select(self._parent_data, self._action_data, self._edge_data)
         self._selected = True
 
     def backup(self, reward, value, logits=None) -> None:
@@ -205,8 +192,21 @@ cdef class Tree:
         :param value: float32 [B], the network's values of the new states
         :param logits: float32 [B, M], prior logits of the new states' actions; None: equal priors
         """
+        self._backup("backup", reward, value, logits, False)
+
+    def step(self, reward, value, logits=None) -> None:
+        """
+        :meth:`backup`, and the :meth:`select` of the next simulation unless this was the last one: one walk over the roots.
+
+        :param reward: float32 [B], reward of the selected edges
+        :param value: float32 [B], the network's values of the new states
+        :param logits: float32 [B, M], prior logits of the new states' actions; None: equal priors
+        """
+        self._backup("step", reward, value, logits, True)
+
+    cdef object _backup(self, str name, reward, value, logits, bint and_select):
         if not self._selected:
-            raise RuntimeError("backup() before select()")
+            raise RuntimeError(f"{name}() before select()")
         cdef int B = self.tree.B
         cdef const float[::1] reward_ = _vector("reward", reward, B), value_ = _vector("value", value, B)
         cdef const float[:, ::1] logits_
@@ -215,8 +215,20 @@ cdef class Tree:
             logits_ = _matrix("logits", logits, B, self.num_inner_actions)
             priors = &logits_[0, 0]
         with nogil:
-            self.tree.backup(&reward_[0], &value_[0], priors)
-        self._selected = False
+            if and_select:
+                self.advance(&reward_[0], &value_[0], priors)
+            else:
+                self.tree.backup(&reward_[0], &value_[0], priors)
+                self._selected = False
+
+    cdef int advance(self, const float* reward, const float* value, const float* logits) except -1 nogil:
+        """:meth:`step` for compiled callers, who have checked the arrays."""
+        if self.tree.simulation + 1 < self.num_simulations:
+            self.tree.step(reward, value, logits, self._parent_data, self._action_data, self._edge_data)
+        else:
+            self.tree.backup(reward, value, logits)
+            self._selected = False
+        return 0
 
     cdef int _size(self) except -1:
         if self.tree.B == 0:

@@ -4,6 +4,10 @@
 // that one search touches one contiguous piece of every array. Roots are independent of each other: they can be
 // split over threads in any way without changing a result.
 //
+// What an inner selection reads of a node is one cache line, and it reads the visited children only: the unvisited ones
+// all have the same completed q, so that the next of them to be visited is the one with the highest prior, whatever
+// the q's are. It is looked up once, when the one before it was expanded.
+//
 // Sources: Danihelka et al. 2022 (Gumbel MuZero: root selection, completed Q, inner selection), EfficientZero
 // Eq. 10 (soft min-max bounds), EfficientZero V2 Eq. 18-19 (policy target), Eq. 10-11 (search-based value).
 #pragma once
@@ -11,14 +15,72 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace ezv2 {
 
 // Below this many roots per thread, starting a thread costs more than it saves.
-constexpr int kMinRootsPerThread = 256;
+constexpr int kMinRootsPerThread = 512;
+
+// e^x for x <= 0, to 1e-11 and without a call: x = n ln 2 + r with |r| <= ln(2) / 2, a polynomial in r, and n added to the
+// exponent. The same on every platform, which the library's exp is not.
+inline double exp_negative(double x) {
+    x = std::max(x, -700.0);
+    const double shifted = x * 1.4426950408889634 + 6755399441055744.0;  // 1.5 * 2^52: rounds, n in the lowest bits
+    const double n = shifted - 6755399441055744.0;
+    const double r = (x - n * 0.6931471803691238) - n * 1.9082149292705877e-10;
+    double p = 1.0 / 362880;
+    p = p * r + 1.0 / 40320;
+    p = p * r + 1.0 / 5040;
+    p = p * r + 1.0 / 720;
+    p = p * r + 1.0 / 120;
+    p = p * r + 1.0 / 24;
+    p = p * r + 1.0 / 6;
+    p = p * r + 0.5;
+    p = p * r + 1.0;
+    p = p * r + 1.0;
+    uint64_t bits, exponent;
+    std::memcpy(&exponent, &shifted, sizeof exponent);
+    std::memcpy(&bits, &p, sizeof bits);
+    bits += exponent << 52;
+    std::memcpy(&p, &bits, sizeof bits);
+    return p;
+}
+
+// The same to 1e-7, for -87 <= x <= 0.
+inline float exp_float(float x) {
+    const float shifted = x * 1.44269504f + 12582912.0f;
+    const float n = shifted - 12582912.0f;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.0f / 5040;
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    uint32_t bits, exponent;
+    std::memcpy(&exponent, &shifted, sizeof bits);
+    std::memcpy(&bits, &p, sizeof bits);
+    bits += exponent << 23;
+    std::memcpy(&p, &bits, sizeof bits);
+    return p;
+}
+
+inline bool all_finite(const float* x, size_t count) {
+    uint32_t bad = 0;
+    for (size_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, sizeof bits);
+        bad |= uint32_t((bits & 0x7f800000u) == 0x7f800000u);
+    }
+    return bad == 0;
+}
 
 // Sequential halving: among the considered actions, the one to visit at simulation s has `schedule[s]` visits so far.
 inline std::vector<int32_t> considered_visits(int num_considered, int num_simulations) {
@@ -45,12 +107,23 @@ inline std::vector<int32_t> considered_visits(int num_considered, int num_simula
     return schedule;
 }
 
-// One node's candidate actions, wherever they are stored.
-struct Actions {
-    int count;
-    const float* prior;    // [count] softmax of the prior logits
-    const int32_t* child;  // [count] slot of the child, -1 where unvisited
+// One state. Of the root, the fields that belong to the edge above it are not used.
+struct Node {
+    double return_sum;   // network value and the returns backed up through this node
+    double q;            // reward + discount * mean return, of the edge above
+    double open_prior;   // sum of the priors of the unvisited actions
+    float raw_value;     // the network's value
+    float reward;        // of the edge above
+    float prior;         // of the edge above
+    float next_prior;    // of next_action
+    int32_t visits;      // returns in return_sum
+    int32_t parent;      // slot
+    int32_t action;      // of the parent
+    int32_t child;       // slot of the newest child, -1 if there is none
+    int32_t sibling;     // slot of the parent's next older child, -1 if there is none
+    int32_t next_action; // the unvisited action with the highest prior, -1 if there is none
 };
+static_assert(sizeof(Node) == 64, "a node fills a cache line");
 
 class Tree {
 public:
@@ -66,22 +139,14 @@ public:
           min_q_range_(min_q_range),
           num_threads_(num_threads),
           schedule_(considered_visits(std::min(num_considered, num_root_actions), num_simulations)),
-          raw_value_(size_t(num_roots) * (S + 1)),
-          reward_(size_t(num_roots) * (S + 1)),
-          return_sum_(size_t(num_roots) * (S + 1)),
-          visits_(size_t(num_roots) * (S + 1)),
-          parent_slot_(size_t(num_roots) * (S + 1)),
+          nodes_(size_t(num_roots) * (S + 1)),
           root_prior_(size_t(num_roots) * K),
           root_score_(size_t(num_roots) * K),
+          root_q_(size_t(num_roots) * K),
+          root_visits_(size_t(num_roots) * K),
           root_child_(size_t(num_roots) * K),
-          inner_prior_(size_t(num_roots) * S * M),
-          inner_child_(size_t(num_roots) * S * M),
-          q_min_(num_roots),
-          q_max_(num_roots),
-          depth_sum_(num_roots),
-          leaf_slot_(num_roots),
-          leaf_action_(num_roots),
-          leaf_depth_(num_roots) {}
+          open_(size_t(num_roots) * S * M),
+          roots_(num_roots) {}
 
     const int capacity, S, K, M;
     int B = 0;           // roots of the current batch
@@ -89,25 +154,24 @@ public:
 
     // Number of bytes held by the storage of the trees.
     size_t memory() const {
-        const size_t nodes = size_t(capacity) * (S + 1), root = size_t(capacity) * K, inner = size_t(capacity) * S * M;
-        return nodes * (2 * sizeof(float) + sizeof(double) + 2 * sizeof(int32_t)) +
-               root * (2 * sizeof(float) + sizeof(int32_t)) + inner * (sizeof(float) + sizeof(int32_t)) +
-               size_t(capacity) * (3 * sizeof(double) + 3 * sizeof(int32_t));
+        const size_t edges = size_t(capacity) * K;
+        return nodes_.size() * sizeof(Node) + edges * (2 * sizeof(float) + sizeof(double) + 2 * sizeof(int32_t)) +
+               open_.size() * sizeof(float) + roots_.size() * sizeof(Root);
     }
 
     void reset(int num_roots, const float* root_value, const float* logits, const float* gumbel) {
         B = num_roots;
         simulation = 0;
-        parallel([=](int b) {
-            const size_t node = size_t(b) * (S + 1), edge = size_t(b) * K;
-            raw_value_[node] = root_value[b];
-            reward_[node] = 0.0f;
-            return_sum_[node] = root_value[b];
-            visits_[node] = 1;
-            parent_slot_[node] = -1;
-            q_min_[b] = std::numeric_limits<double>::infinity();
-            q_max_[b] = -std::numeric_limits<double>::infinity();
-            depth_sum_[b] = 0.0;
+        parallel([=](int b, double*) {
+            const size_t edge = size_t(b) * K;
+            Node& root = nodes_[size_t(b) * (S + 1)];
+            root = Node{};
+            root.raw_value = root_value[b];
+            root.return_sum = root_value[b];
+            root.visits = 1;
+            roots_[b] = Root{};
+            std::fill_n(&root_q_[edge], K, 0.0);
+            std::fill_n(&root_visits_[edge], K, 0);
             std::fill_n(&root_child_[edge], K, -1);
             softmax(logits + edge, K, &root_prior_[edge]);
             // g + logits, the logits shifted so that their maximum is 0: only differences matter
@@ -121,251 +185,298 @@ public:
     // action: index among the parent's candidates. edge: row of a flat pool of candidates, the B * K of the roots
     // first, then M for each inner node in the order of the state pool.
     void select(int64_t* parent, int64_t* action, int64_t* edge) {
-        parallel([=](int b) {
-            const size_t base = size_t(b) * (S + 1);
-            int slot = 0, depth = 1;
-            int a = select_root(b, schedule_[simulation]);
-            int32_t child = root_child_[size_t(b) * K + a];
-            while (child >= 0) {
-                slot = child;
-                ++depth;
-                const Actions actions = inner_actions(b, slot);
-                a = select_inner(b, actions, raw_value_[base + slot]);
-                child = actions.child[a];
-            }
-            leaf_slot_[b] = slot;
-            leaf_action_[b] = a;
-            leaf_depth_[b] = depth;
-            parent[b] = int64_t(slot) * B + b;
-            action[b] = a;
-            edge[b] = slot == 0 ? int64_t(b) * K + a
-                                : int64_t(B) * K + ((int64_t(slot) - 1) * B + b) * M + a;
-        });
+        parallel([=](int b, double* scratch) { select_one(b, simulation, scratch, parent, action, edge); });
     }
 
     // Adds the selected edges' children and backs their values up. logits == nullptr: equal priors.
     void backup(const float* reward, const float* value, const float* logits) {
-        const int slot = simulation + 1;
-        parallel([=](int b) {
-            const size_t base = size_t(b) * (S + 1);
-            const size_t children = (size_t(b) * S + (slot - 1)) * M;
-            if (leaf_slot_[b] == 0) {
-                root_child_[size_t(b) * K + leaf_action_[b]] = slot;
-            } else {
-                inner_child_[(size_t(b) * S + (leaf_slot_[b] - 1)) * M + leaf_action_[b]] = slot;
-            }
-            raw_value_[base + slot] = value[b];
-            reward_[base + slot] = reward[b];
-            return_sum_[base + slot] = 0.0;
-            visits_[base + slot] = 0;
-            parent_slot_[base + slot] = leaf_slot_[b];
-            std::fill_n(&inner_child_[children], M, -1);
-            if (logits != nullptr) {
-                softmax(logits + size_t(b) * M, M, &inner_prior_[children]);
-            } else {
-                std::fill_n(&inner_prior_[children], M, 1.0f / M);
-            }
-            depth_sum_[b] += leaf_depth_[b];
+        parallel([=](int b, double* scratch) { backup_one(b, reward, value, logits, scratch); });
+        ++simulation;
+    }
 
-            double ret = value[b];
-            for (int node = slot; node != 0; node = parent_slot_[base + node]) {
-                return_sum_[base + node] += ret;
-                ++visits_[base + node];
-                const double q = q_value(b, node);
-                q_min_[b] = std::min(q_min_[b], q);
-                q_max_[b] = std::max(q_max_[b], q);
-                ret = reward_[base + node] + discount_ * ret;
-            }
-            return_sum_[base] += ret;
-            ++visits_[base];
+    // backup() and the select() of the next simulation, in one walk over the roots.
+    void step(const float* reward, const float* value, const float* logits, int64_t* parent, int64_t* action, int64_t* edge) {
+        parallel([=](int b, double* scratch) {
+            backup_one(b, reward, value, logits, scratch);
+            select_one(b, simulation + 1, scratch, parent, action, edge);
         });
         ++simulation;
     }
 
     // Highest g + logits + sigma(q) among the most visited root actions: those left at the end of the halving.
     void best_action(int64_t* out) const {
-        for (int b = 0; b < B; ++b) out[b] = select_root(b, most_visits(b, root_actions(b)));
+        for (int b = 0; b < B; ++b) out[b] = select_root(b, roots_[b].most_visits);
     }
 
-    // softmax(logits + sigma(completed q)), [B, K].
+    // softmax(logits + sigma(completed q)) = prior * exp(sigma) / sum, [B, K].
     void policy(float* out) const {
-        std::vector<double> score(K);
+        std::vector<double> q(K);
         for (int b = 0; b < B; ++b) {
-            improved_policy(b, root_actions(b), raw_value_[size_t(b) * (S + 1)], score.data());
-            for (int a = 0; a < K; ++a) out[size_t(b) * K + a] = static_cast<float>(score[a]);
+            completed_root_q(b, q.data());
+            const double scale = simulation > 0 ? sigma_scale(b, roots_[b].most_visits) : 0.0;
+            const double top = *std::max_element(q.begin(), q.end());
+            double sum = 0.0;
+            for (int a = 0; a < K; ++a) {
+                q[a] = root_prior_[size_t(b) * K + a] * exp_negative(scale * (q[a] - top));
+                sum += q[a];
+            }
+            for (int a = 0; a < K; ++a) out[size_t(b) * K + a] = static_cast<float>(q[a] / sum);
         }
     }
 
     void root_value(float* out) const {
         for (int b = 0; b < B; ++b) {
-            const size_t root = size_t(b) * (S + 1);
-            out[b] = static_cast<float>(return_sum_[root] / visits_[root]);
+            const Node& root = nodes_[size_t(b) * (S + 1)];
+            out[b] = static_cast<float>(root.return_sum / root.visits);
         }
     }
 
-    void root_visits(int32_t* out) const {
-        for (int b = 0; b < B; ++b) {
-            for (int a = 0; a < K; ++a) out[size_t(b) * K + a] = child_visits(b, root_child_[size_t(b) * K + a]);
-        }
-    }
+    void root_visits(int32_t* out) const { std::copy_n(root_visits_.begin(), size_t(B) * K, out); }
 
     void q_values(float* out) const {
+        std::vector<double> q(K);
         for (int b = 0; b < B; ++b) {
-            const Actions actions = root_actions(b);
-            const double mixed = mixed_value(b, actions, raw_value_[size_t(b) * (S + 1)]);
-            for (int a = 0; a < K; ++a) {
-                const int32_t child = actions.child[a];
-                out[size_t(b) * K + a] = static_cast<float>(child < 0 ? mixed : q_value(b, child));
-            }
+            completed_root_q(b, q.data());
+            for (int a = 0; a < K; ++a) out[size_t(b) * K + a] = static_cast<float>(q[a]);
         }
     }
 
     void mean_depth(float* out) const {
-        for (int b = 0; b < B; ++b) out[b] = static_cast<float>(depth_sum_[b] / std::max(1, simulation));
+        for (int b = 0; b < B; ++b) out[b] = static_cast<float>(roots_[b].depth_sum / double(std::max(1, simulation)));
     }
 
 private:
-    double q_value(int b, int32_t slot) const {
-        const size_t node = size_t(b) * (S + 1) + slot;
-        return reward_[node] + discount_ * (return_sum_[node] / visits_[node]);
+    // What a search keeps besides its nodes: the bounds of all q's that have appeared in it.
+    struct Root {
+        double q_min = std::numeric_limits<double>::infinity();
+        double q_max = -std::numeric_limits<double>::infinity();
+        int64_t depth_sum = 0;
+        int32_t leaf_slot = 0, leaf_action = 0;  // the edge selected last
+        int32_t most_visits = 0;                 // of the root's actions
+    };
+
+    // sigma(q) = scale * (q - q_min). Only differences of sigmas count, in every softmax and every argmax.
+    double sigma_scale(int b, int32_t most_visits) const {
+        const Root& root = roots_[b];
+        return (c_visit_ + most_visits) * c_scale_ / std::max(root.q_max - root.q_min, min_q_range_);
     }
 
-    int32_t child_visits(int b, int32_t child) const { return child < 0 ? 0 : visits_[size_t(b) * (S + 1) + child]; }
-
-    Actions root_actions(int b) const { return {K, &root_prior_[size_t(b) * K], &root_child_[size_t(b) * K]}; }
-
-    Actions inner_actions(int b, int slot) const {
-        const size_t first = (size_t(b) * S + (slot - 1)) * M;
-        return {M, &inner_prior_[first], &inner_child_[first]};
-    }
-
-    int32_t most_visits(int b, const Actions& actions) const {
-        int32_t most = 0;
-        for (int a = 0; a < actions.count; ++a) most = std::max(most, child_visits(b, actions.child[a]));
-        return most;
-    }
-
-    // v_mix of Gumbel MuZero, appendix D: what an unvisited action is taken to be worth.
-    double mixed_value(int b, const Actions& actions, float raw_value) const {
+    // The unvisited actions take v_mix of Gumbel MuZero, appendix D.
+    void completed_root_q(int b, double* out) const {
+        const size_t edge = size_t(b) * K;
         double prior_sum = 0.0, weighted_q = 0.0;
         int64_t visits = 0;
-        for (int a = 0; a < actions.count; ++a) {
-            const int32_t child = actions.child[a];
-            if (child < 0) continue;
-            prior_sum += actions.prior[a];
-            weighted_q += actions.prior[a] * q_value(b, child);
-            visits += child_visits(b, child);
-        }
-        if (visits == 0) return raw_value;
-        return (raw_value + visits * (weighted_q / prior_sum)) / (1.0 + visits);
-    }
-
-    double sigma(int b, double q, int32_t most) const {
-        const double range = std::max(q_max_[b] - q_min_[b], min_q_range_);
-        return (c_visit_ + most) * c_scale_ * ((q - q_min_[b]) / range);
-    }
-
-    // Before the first simulation there is no q to normalise by: every sigma(q) is 0.
-    bool has_bounds(int b) const { return q_min_[b] <= q_max_[b]; }
-
-    int select_root(int b, int32_t considered_visit) const {
-        const Actions actions = root_actions(b);
-        const float* score = &root_score_[size_t(b) * K];
-        const bool bounds = has_bounds(b);
-        const int32_t most = most_visits(b, actions);
-        const double unvisited =
-            bounds && considered_visit == 0 ? sigma(b, mixed_value(b, actions, raw_value_[size_t(b) * (S + 1)]), most) : 0.0;
-        int best = 0;
-        double best_score = -std::numeric_limits<double>::infinity();
         for (int a = 0; a < K; ++a) {
-            const int32_t child = actions.child[a];
-            if (child_visits(b, child) != considered_visit) continue;
-            // no score below the floor: an action that may be visited always beats one that may not
-            const double s = std::max(-1e9, score[a] + (child < 0 ? unvisited : sigma(b, q_value(b, child), most)));
-            if (s > best_score) {
-                best_score = s;
-                best = a;
-            }
+            if (root_visits_[edge + a] == 0) continue;
+            prior_sum += root_prior_[edge + a];
+            weighted_q += root_prior_[edge + a] * root_q_[edge + a];
+            visits += root_visits_[edge + a];
         }
-        return best;
+        const double raw = nodes_[size_t(b) * (S + 1)].raw_value;
+        const double mixed = visits == 0 ? raw : (raw + visits * (weighted_q / prior_sum)) / (1.0 + visits);
+        for (int a = 0; a < K; ++a) out[a] = root_visits_[edge + a] == 0 ? mixed : root_q_[edge + a];
     }
 
-    // softmax(logits + sigma(completed q)) = prior * exp(sigma) / sum, into out [count].
-    void improved_policy(int b, const Actions& actions, float raw_value, double* out) const {
-        const bool bounds = has_bounds(b);
-        const int32_t most = most_visits(b, actions);
-        const double unvisited = bounds ? sigma(b, mixed_value(b, actions, raw_value), most) : 0.0;
-        double top = -std::numeric_limits<double>::infinity();
-        for (int a = 0; a < actions.count; ++a) {
-            const int32_t child = actions.child[a];
-            out[a] = child < 0 ? unvisited : sigma(b, q_value(b, child), most);
-            top = std::max(top, out[a]);
-        }
-        double sum = 0.0;
-        for (int a = 0; a < actions.count; ++a) {
-            out[a] = actions.prior[a] * std::exp(out[a] - top);
-            sum += out[a];
-        }
-        for (int a = 0; a < actions.count; ++a) out[a] /= sum;
-    }
-
-    // argmax of pi'(a) - N(a) / (1 + sum N): the visits follow the improved policy.
-    int select_inner(int b, const Actions& actions, float raw_value) const {
-        static thread_local std::vector<double> policy;
-        policy.resize(actions.count);
-        improved_policy(b, actions, raw_value, policy.data());
-        int64_t visits = 0;
-        for (int a = 0; a < actions.count; ++a) visits += child_visits(b, actions.child[a]);
+    // Highest g + logits + sigma(q) among the actions with so many visits, ties to the lowest index. If these are unvisited,
+    // they have the same completed q, and sigma is left out.
+    int select_root(int b, int32_t considered_visit) const {
+        const size_t edge = size_t(b) * K;
+        const double scale = considered_visit == 0 ? 0.0 : sigma_scale(b, roots_[b].most_visits);
+        const double q_min = considered_visit == 0 ? 0.0 : roots_[b].q_min;
+        const float* score = &root_score_[edge];
+        const double* q = &root_q_[edge];
+        const int32_t* visits = &root_visits_[edge];
         int best = 0;
         double best_score = -std::numeric_limits<double>::infinity();
-        for (int a = 0; a < actions.count; ++a) {
-            const double s = policy[a] - child_visits(b, actions.child[a]) / (1.0 + visits);
-            if (s > best_score) {
-                best_score = s;
-                best = a;
+        // Without branches, which would be mispredicted
+        for (int a = 0; a < K; ++a) {
+            // no score below the floor: an action that may be visited always beats one that may not
+            const double floored = std::max(-1e9, score[a] + scale * (q[a] - q_min));
+            const double s = visits[a] == considered_visit ? floored : -1e10;
+            best = s > best_score ? a : best;
+            best_score = std::max(s, best_score);
+        }
+        return best;
+    }
+
+    // argmax of pi'(a) - N(a) / (1 + sum N), ties to the lowest index: the visits follow the improved policy.
+    // Gives the action, and the slot of its child or -1.
+    int select_inner(int b, const Node& node, double* weights, int32_t* slot) const {
+        *slot = -1;
+        if (node.child < 0) return node.next_action;
+        const Node* nodes = &nodes_[size_t(b) * (S + 1)];
+        double prior_sum = 0.0, weighted_q = 0.0, top = -std::numeric_limits<double>::infinity();
+        int32_t visits = 0, most = 0;
+        for (int32_t child = node.child; child >= 0; child = nodes[child].sibling) {
+            const Node& x = nodes[child];
+            prior_sum += x.prior;
+            weighted_q += x.prior * x.q;
+            visits += x.visits;
+            most = std::max(most, x.visits);
+            top = std::max(top, x.q);
+        }
+        const double scale = sigma_scale(b, most);
+        double sum = 0.0, best_score = -std::numeric_limits<double>::infinity();
+        int best = node.next_action;
+        if (best >= 0) {
+            const double mixed = (node.raw_value + visits * (weighted_q / prior_sum)) / (1.0 + visits);
+            top = std::max(top, mixed);
+            const double weight = exp_negative(scale * (mixed - top));
+            sum = node.open_prior * weight;
+            best_score = node.next_prior * weight;
+        }
+        int i = 0;
+        for (int32_t child = node.child; child >= 0; child = nodes[child].sibling) {
+            const Node& x = nodes[child];
+            weights[i] = x.prior * exp_negative(scale * (x.q - top));
+            sum += weights[i++];
+        }
+        // times the sum of the weights: pi' itself is not needed
+        const double per_visit = sum / (1.0 + visits);
+        i = 0;
+        for (int32_t child = node.child; child >= 0; child = nodes[child].sibling) {
+            const Node& x = nodes[child];
+            const double score = weights[i++] - x.visits * per_visit;
+            if (score > best_score || (score == best_score && x.action < best)) {
+                best_score = score;
+                best = x.action;
+                *slot = child;
             }
         }
         return best;
     }
 
-    // No prior is exactly 0, so that the weights of v_mix always have a sum.
+    void select_one(int b, int s, double* scratch, int64_t* parent, int64_t* action, int64_t* edge) {
+        const Node* nodes = &nodes_[size_t(b) * (S + 1)];
+        int32_t slot = 0, depth = 1;
+        int a = select_root(b, schedule_[s]);
+        int32_t child = root_child_[size_t(b) * K + a];
+        while (child >= 0) {
+            slot = child;
+            ++depth;
+            a = select_inner(b, nodes[slot], scratch, &child);
+        }
+        Root& root = roots_[b];
+        root.leaf_slot = slot;
+        root.leaf_action = a;
+        root.depth_sum += depth;
+        parent[b] = int64_t(slot) * B + b;
+        action[b] = a;
+        edge[b] = slot == 0 ? int64_t(b) * K + a : int64_t(B) * K + ((int64_t(slot) - 1) * B + b) * M + a;
+    }
+
+    void backup_one(int b, const float* reward, const float* value, const float* logits, double* scratch) {
+        const int32_t slot = simulation + 1;
+        Node* nodes = &nodes_[size_t(b) * (S + 1)];
+        Root& root = roots_[b];
+        Node& parent = nodes[root.leaf_slot];
+        Node& leaf = nodes[slot];
+        leaf.return_sum = 0.0;
+        leaf.visits = 0;
+        leaf.raw_value = value[b];
+        leaf.reward = reward[b];
+        leaf.parent = root.leaf_slot;
+        leaf.action = root.leaf_action;
+        leaf.child = -1;
+        float* open = &open_[(size_t(b) * S + (slot - 1)) * M];
+        if (logits != nullptr) {
+            softmax(logits + size_t(b) * M, M, open);
+        } else {
+            std::fill_n(open, M, 1.0f / M);
+        }
+        find_next(leaf, open);
+        if (root.leaf_slot == 0) {
+            leaf.prior = root_prior_[size_t(b) * K + leaf.action];
+            leaf.sibling = -1;  // the root has its children in root_child_
+            root_child_[size_t(b) * K + leaf.action] = slot;
+        } else {
+            leaf.prior = parent.next_prior;
+            leaf.sibling = parent.child;
+            parent.child = slot;
+            float* parents_open = &open_[(size_t(b) * S + (root.leaf_slot - 1)) * M];
+            parents_open[leaf.action] = 0.0f;
+            find_next(parent, parents_open);
+        }
+        (void)scratch;
+
+        double ret = value[b];
+        int32_t node = slot;
+        while (true) {
+            Node& x = nodes[node];
+            x.return_sum += ret;
+            ++x.visits;
+            x.q = x.reward + discount_ * (x.return_sum / x.visits);
+            root.q_min = std::min(root.q_min, x.q);
+            root.q_max = std::max(root.q_max, x.q);
+            ret = x.reward + discount_ * ret;
+            if (x.parent == 0) break;
+            node = x.parent;
+        }
+        root_q_[size_t(b) * K + nodes[node].action] = nodes[node].q;
+        root_visits_[size_t(b) * K + nodes[node].action] = nodes[node].visits;
+        root.most_visits = std::max(root.most_visits, nodes[node].visits);
+        nodes[0].return_sum += ret;
+        ++nodes[0].visits;
+    }
+
+    // open: [M] the priors of the unvisited actions, 0 where visited. No prior is 0.
+    void find_next(Node& node, const float* open) const {
+        float highest = 0.0f;
+        int next = -1;
+        double sum = 0.0;
+        for (int a = 0; a < M; ++a) {
+            sum += open[a];
+            next = open[a] > highest ? a : next;
+            highest = std::max(open[a], highest);
+        }
+        node.open_prior = sum;
+        node.next_prior = highest;
+        node.next_action = next;
+    }
+
+    // No prior is exactly 0, so that the weights of v_mix always have a sum. Two simple loops, which compilers vectorise.
     static void softmax(const float* logits, int count, float* out) {
         const float top = *std::max_element(logits, logits + count);
+        for (int a = 0; a < count; ++a) out[a] = std::max(logits[a] - top, -87.0f);
+        for (int a = 0; a < count; ++a) out[a] = exp_float(out[a]);
         double sum = 0.0;
-        for (int a = 0; a < count; ++a) sum += std::exp(double(logits[a]) - top);
-        for (int a = 0; a < count; ++a) {
-            const double p = std::exp(double(logits[a]) - top) / sum;
-            out[a] = std::max(static_cast<float>(p), std::numeric_limits<float>::min());
-        }
+        for (int a = 0; a < count; ++a) sum += out[a];
+        const double factor = 1.0 / sum;
+        for (int a = 0; a < count; ++a) out[a] = std::max(float(out[a] * factor), std::numeric_limits<float>::min());
     }
 
     template <typename Function>
-    void parallel(Function function) const {
+    void parallel(Function function) {
         const int threads = std::max(1, std::min(num_threads_, B / kMinRootsPerThread));
+        const size_t width = std::min(S, M) + 1;
+        if (scratch_.size() < threads * width) scratch_.resize(threads * width);
         auto run = [&](int part) {
             const int begin = int(int64_t(B) * part / threads), end = int(int64_t(B) * (part + 1) / threads);
-            for (int b = begin; b < end; ++b) function(b);
+            for (int b = begin; b < end; ++b) function(b, &scratch_[part * width]);
         };
         // Threads are started per call: no pool that a fork would leave without its threads, and no second OpenMP
         // runtime beside the one of torch.
         std::vector<std::thread> others;
-        for (int part = 1; part < threads; ++part) others.emplace_back(run, part);
+        int part = 1;
+        try {
+            for (; part < threads; ++part) others.emplace_back(run, part);
+        } catch (const std::system_error&) {  // no more threads to be had: the rest is done here
+        }
         run(0);
+        for (; part < threads; ++part) run(part);
         for (auto& thread : others) thread.join();
     }
 
     const double discount_, c_visit_, c_scale_, min_q_range_;
     const int num_threads_;
     const std::vector<int32_t> schedule_;
-    std::vector<float> raw_value_, reward_;     // [capacity, S + 1]
-    std::vector<double> return_sum_;            // [capacity, S + 1] network value and returns backed up
-    std::vector<int32_t> visits_, parent_slot_;  // [capacity, S + 1]
-    std::vector<float> root_prior_, root_score_;  // [capacity, K] softmax of the logits; g + logits
-    std::vector<int32_t> root_child_;             // [capacity, K]
-    std::vector<float> inner_prior_;              // [capacity, S, M]
-    std::vector<int32_t> inner_child_;            // [capacity, S, M]
-    std::vector<double> q_min_, q_max_, depth_sum_;              // [capacity]
-    std::vector<int32_t> leaf_slot_, leaf_action_, leaf_depth_;  // [capacity] the edge selected last
+    std::vector<Node> nodes_;                             // [capacity, S + 1]
+    std::vector<float> root_prior_, root_score_;          // [capacity, K] softmax of the logits; g + logits
+    std::vector<double> root_q_;                          // [capacity, K]
+    std::vector<int32_t> root_visits_, root_child_;       // [capacity, K]
+    std::vector<float> open_;                             // [capacity, S, M] priors of the unvisited actions, else 0
+    std::vector<Root> roots_;                             // [capacity]
+    std::vector<double> scratch_;                         // one piece for each thread
 };
 
 }  // namespace ezv2
