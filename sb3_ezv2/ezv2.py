@@ -507,8 +507,7 @@ class EZV2(OffPolicyAlgorithm):
 
         batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
         targets, stats = self._reanalyzer.targets(batch, self._n_updates, self._generators["reanalyze"])
-        with th.no_grad():
-            network.normalizer.update(network.features(batch.observations[batch.observed]))
+        network.update_statistics(batch.observations[batch.observed])
         losses = compute_losses(
             network,
             batch,

@@ -8,7 +8,7 @@ import numpy as np
 import torch as th
 
 from sb3_ezv2.losses import Targets
-from sb3_ezv2.networks import Ezv2Network
+from sb3_ezv2.networks import BaseNetwork
 from sb3_ezv2.replay_buffer import Batch, SequenceReplayBuffer
 from sb3_ezv2.search import GumbelSearch, SearchResult
 
@@ -89,7 +89,7 @@ class Reanalyzer:
     def __init__(
         self,
         search: GumbelSearch,
-        bootstrap: Ezv2Network,
+        bootstrap: BaseNetwork,
         buffer: SequenceReplayBuffer,
         value_target: str = "mixed",
         mixed_value_start: int = 40_000,
