@@ -211,6 +211,8 @@ class ImageNetwork(BaseNetwork):
         state_dim = channels * height * width
         self.projection = projection_mlp(state_dim, projection_dim, projection_dim, 2 * projection_dim)
         self.projection_predictor = projection_mlp(2 * projection_dim, projection_dim, 2 * projection_dim)
+        # Convolutions are a quarter faster with the planes of a pixel side by side, on a CPU and on tensor cores
+        self.to(memory_format=th.channels_last)  # type: ignore[call-overload]
 
     @property
     def state_shape(self) -> tuple[int, ...]:
