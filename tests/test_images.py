@@ -23,7 +23,7 @@ from sb3_ezv2.validation import check_memory, free_memory
 
 CHANNELS_LAST = spaces.Box(0, 255, (18, 16, 3), np.uint8)
 GREY = spaces.Box(0, 255, (16, 16, 1), np.uint8)
-MIXED = spaces.Dict(camera=CHANNELS_LAST, second=GREY, speed=spaces.Box(-1, 1, (2,), np.float32), gear=spaces.Discrete(3))
+MIXED = spaces.Dict(camera=CHANNELS_LAST, second=GREY, speed=spaces.Box(-1, 1, (2,), np.float32))
 ACTION_SPACES = [spaces.Discrete(3), spaces.Box(-2.0, 2.0, (1,), np.float32), spaces.Box(-2.0, 2.0, (2, 2), np.float32)]
 SIZES: dict[str, Any] = dict(
     channels=4, n_downsamples=2, head_channels=2, action_embedding_dim=2, projection_dim=4, net_arch=[8], lstm_dim=4
