@@ -20,12 +20,14 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import update_learning_rate
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from sb3_ezv2.losses import Losses, compute_losses
-from sb3_ezv2.policies import Ezv2Policy, MlpPolicy
+from sb3_ezv2.frames import frames_per_observation
+from sb3_ezv2.losses import compute_losses
+from sb3_ezv2.observations import apply
+from sb3_ezv2.policies import PREFIX_WINDOW, CnnPolicy, Ezv2Policy, MlpPolicy, MultiInputPolicy
 from sb3_ezv2.reanalyze import Reanalyzer
 from sb3_ezv2.replay_buffer import RUNNING, SequenceReplayBuffer
 from sb3_ezv2.search import SearchResult, SearchSettings
-from sb3_ezv2.validation import check_finite, check_options, check_settings, check_spaces
+from sb3_ezv2.validation import check_finite, check_memory, check_options, check_settings, check_spaces
 
 TD_STEPS_AGE_FRACTION = 0.01
 """``td_steps_age`` of None, as a share of the planned steps."""
@@ -48,7 +50,7 @@ class EZV2(OffPolicyAlgorithm):
     The defaults are those of the paper's Table 3 for state inputs, except for the discount, the value targets, the
     supports, the replay's size and start, and the search cache: see the documentation.
 
-    :param policy: The policy model to use (MlpPolicy)
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
     :param learning_rate: learning rate, it can be a function of the current progress remaining (from 1 to 0)
     :param buffer_size: size of the replay buffer, in observations
@@ -89,6 +91,9 @@ class EZV2(OffPolicyAlgorithm):
     :param max_grad_norm: the maximum value for the gradient clipping
     :param final_gradient_steps: extra updates after the last step of ``learn()``
     :param warmup_fraction: share of the planned updates in which the learning rate rises from 0
+    :param lr_decay_updates: the learning rate is multiplied by ``lr_decay_factor`` after each so many updates; the paper has
+        100,000 for images. None: it is not
+    :param lr_decay_factor: see ``lr_decay_updates``
     :param policy_target: ``"candidates"`` (Eq. 8), ``"best_action"`` (Eq. 9), or ``"auto"``: the latter for Box actions with
         more than one dimension
     :param replay_buffer_class: a subclass of ``SequenceReplayBuffer``, or None for that itself
@@ -108,7 +113,11 @@ class EZV2(OffPolicyAlgorithm):
     :raises TypeError: an option that does not apply
     """
 
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": MlpPolicy}
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
     policy: Ezv2Policy
     replay_buffer: SequenceReplayBuffer | None  # type: ignore[assignment]
 
@@ -151,6 +160,8 @@ class EZV2(OffPolicyAlgorithm):
         max_grad_norm: float = 5.0,
         final_gradient_steps: int = 0,
         warmup_fraction: float = 0.01,
+        lr_decay_updates: int | None = None,
+        lr_decay_factor: float = 0.1,
         policy_target: str = "auto",
         replay_buffer_class: type[ReplayBuffer] | None = None,
         replay_buffer_kwargs: dict[str, Any] | None = None,
@@ -213,6 +224,8 @@ class EZV2(OffPolicyAlgorithm):
         self.max_grad_norm = max_grad_norm
         self.final_gradient_steps = final_gradient_steps
         self.warmup_fraction = warmup_fraction
+        self.lr_decay_updates = lr_decay_updates
+        self.lr_decay_factor = lr_decay_factor
         self.policy_target = policy_target
 
         self._warmup_updates = 0
@@ -266,6 +279,11 @@ class EZV2(OffPolicyAlgorithm):
             **self.policy_kwargs,
         )
         self.policy = self.policy.to(self.device)
+        if self.policy.value_prefix and self.unroll_steps < PREFIX_WINDOW:
+            raise ValueError(
+                f"value_prefix sums rewards over {PREFIX_WINDOW} steps, of which unroll_steps={self.unroll_steps} would leave "
+                f"some untrained: give at least unroll_steps={PREFIX_WINDOW}."
+            )
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
@@ -281,7 +299,7 @@ class EZV2(OffPolicyAlgorithm):
     def _seed_generators(self, seed: int) -> None:
         # Streams of their own, as numpy generators: they are saved with the agent, are the same on every device, and
         # neither predict() nor a callback draws from them
-        names = ("acting", "reanalyze", "losses", "replay")
+        names = ("acting", "reanalyze", "losses", "replay", "augmentation")
         streams = np.random.SeedSequence(seed).spawn(len(names))
         self._generators = {name: np.random.default_rng(stream) for name, stream in zip(names, streams)}
 
@@ -290,6 +308,28 @@ class EZV2(OffPolicyAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> EZV2:
+        """As in SB3. :raises ValueError: the environment's spaces are not the agent's"""
+        try:
+            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        except ValueError as error:
+            if "Observation spaces do not match" not in str(error):
+                raise
+            raise ValueError(
+                f"{error} (agent's, environment's). Where images differ in their channels alone, wrap the environment in "
+                "VecFrameStack with as many frames as the agent was trained with."
+            ) from error
 
     def save(
         self,
@@ -344,8 +384,7 @@ class EZV2(OffPolicyAlgorithm):
         total_timesteps, callback = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
-        assert isinstance(self._last_obs, np.ndarray)
-        check_finite("first observation", self._last_obs, self.num_timesteps)
+        apply(lambda x: check_finite("first observation", x, self.num_timesteps), self._last_obs)
         return total_timesteps, callback
 
     def _plan(self, planned_steps: int) -> None:
@@ -368,9 +407,13 @@ class EZV2(OffPolicyAlgorithm):
     def _make_replay_buffer(self) -> SequenceReplayBuffer:
         assert self.replay_buffer_class is not None and self._generators is not None
         assert issubclass(self.replay_buffer_class, SequenceReplayBuffer)
-        nbytes = self.replay_buffer_class.estimate_nbytes(self.buffer_size, self.observation_space, self.action_space)
+        frame_stack = self.replay_buffer_kwargs.get("frame_stack", frames_per_observation(self.env))
+        nbytes = self.replay_buffer_class.estimate_nbytes(
+            self.buffer_size, self.observation_space, self.action_space, frame_stack
+        )
         if self.verbose >= 1:
-            print(f"Replay buffer: {nbytes / 1e6:.1f} MB when full")
+            print(f"Replay buffer: {nbytes / 1e9:.2f} GB when full")
+        check_memory(nbytes, self.buffer_size)
         settings = dict(
             gamma=self.gamma,
             unroll_steps=self.unroll_steps,
@@ -379,6 +422,7 @@ class EZV2(OffPolicyAlgorithm):
             alpha=self.priority_alpha,
             beta=self.priority_beta,
             seed=int(self._generators["replay"].integers(2**63)),
+            frame_stack=frame_stack,
         )
         return self.replay_buffer_class(
             self.buffer_size,
@@ -459,13 +503,13 @@ class EZV2(OffPolicyAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        assert isinstance(new_obs, np.ndarray) and isinstance(replay_buffer, SequenceReplayBuffer)
-        check_finite("observation", new_obs, self.num_timesteps)
+        assert isinstance(replay_buffer, SequenceReplayBuffer)
+        apply(lambda x: check_finite("observation", x, self.num_timesteps), new_obs)
         check_finite("reward", reward, self.num_timesteps)
         for index in np.flatnonzero(dones):
             final = infos[index].get("terminal_observation")
             if final is not None:
-                check_finite("final observation", np.asarray(final)[None], self.num_timesteps)
+                apply(lambda x: check_finite("final observation", np.asarray(x)[None], self.num_timesteps), final)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         if self._last_search is not None and self._acting_is_as_new_as_target():
             assert self._reanalyzer is not None
@@ -519,21 +563,23 @@ class EZV2(OffPolicyAlgorithm):
             slots = fresh[start : start + 1024]
             batch = self.replay_buffer.sequences(slots, env=self._vec_normalize_env, unroll_steps=0)
             with th.no_grad():
-                values = self.policy.network.values(batch.observations[:, 0])
+                values = self.policy.network.values(apply(lambda x: x[:, 0], batch.observations))
             errors = (values - self._reanalyzer.td_values(batch)[:, 0]).abs()
             self.replay_buffer.update_priorities(slots, errors.cpu().numpy())
 
     def _update(self, batch_size: int) -> None:
         assert self.replay_buffer is not None and self._reanalyzer is not None and self._generators is not None
         policy, network = self.policy, self.policy.network
-        warmup = min(1.0, (self._n_updates + 1) / max(1, self._warmup_updates))
-        learning_rate = self.lr_schedule(self._current_progress_remaining) * warmup
+        learning_rate = self.lr_schedule(self._current_progress_remaining)
+        learning_rate *= min(1.0, (self._n_updates + 1) / max(1, self._warmup_updates))
+        if self.lr_decay_updates is not None:
+            learning_rate *= self.lr_decay_factor ** (self._n_updates // self.lr_decay_updates)
         update_learning_rate(policy.optimizer, learning_rate)
 
         batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
         targets, stats = self._reanalyzer.targets(batch, self._n_updates, self._generators["reanalyze"])
-        with th.no_grad():
-            network.normalizer.update(network.features(batch.observations[batch.observed]))
+        network.update_statistics(apply(lambda x: x[batch.observed], batch.observations))
+        batch = batch._replace(observations=policy.augment(batch.observations, self._generators["augmentation"]))
         losses = compute_losses(
             network,
             batch,
@@ -548,7 +594,11 @@ class EZV2(OffPolicyAlgorithm):
         policy.optimizer.zero_grad()
         losses.total.backward()
         grad_norm = th.nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm)
-        self._check_update(losses, grad_norm)
+        if fault := losses.not_finite(grad_norm):
+            raise ValueError(
+                f"update {self._n_updates + 1} at step {self.num_timesteps}: the {fault} is NaN or infinite. The weights are "
+                "those before this update; a lower learning_rate or max_grad_norm, or rewards of a smaller range, may help."
+            )
         policy.optimizer.step()
         self.replay_buffer.update_priorities(batch.slots[:, 0], losses.value_error.cpu().numpy())
 
@@ -576,26 +626,6 @@ class EZV2(OffPolicyAlgorithm):
                 **stats,
             }
         )
-
-    def _check_update(self, losses: Losses, grad_norm: th.Tensor) -> None:
-        terms = {
-            "reward loss": losses.reward,
-            "policy loss": losses.policy,
-            "value loss": losses.value,
-            "consistency loss": losses.consistency,
-            "policy's entropy": losses.entropy,
-            "value error": losses.value_error.sum(),
-            "gradient": grad_norm,
-        }
-        # One read of the device for all of them
-        finite = th.isfinite(th.stack([term.detach() for term in terms.values()])).tolist()
-        for name, is_finite in zip(terms, finite):
-            if not is_finite:
-                raise ValueError(
-                    f"update {self._n_updates + 1} at step {self.num_timesteps}: the {name} is NaN or infinite. The weights "
-                    "are those before this update; a lower learning_rate or max_grad_norm, or rewards of a smaller range, "
-                    "may help."
-                )
 
     # ------------------------------------------------------------------ logging
 

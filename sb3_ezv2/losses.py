@@ -9,7 +9,8 @@ import torch as th
 from torch.nn import functional as F
 
 from sb3_ezv2.distributions import SquashedGaussian
-from sb3_ezv2.networks import Ezv2Network
+from sb3_ezv2.networks import BaseNetwork
+from sb3_ezv2.observations import apply
 from sb3_ezv2.replay_buffer import Batch
 
 ENTROPY_SAMPLES = 4
@@ -52,15 +53,30 @@ class Losses(NamedTuple):
     entropy: th.Tensor
     value_error: th.Tensor
 
+    def not_finite(self, grad_norm: th.Tensor) -> str | None:
+        """:param grad_norm: norm of the total's gradient :return: name of the first term that is NaN or infinite, or None"""
+        terms = {
+            "reward loss": self.reward,
+            "policy loss": self.policy,
+            "value loss": self.value,
+            "consistency loss": self.consistency,
+            "policy's entropy": self.entropy,
+            "value error": self.value_error.sum(),
+            "gradient": grad_norm,
+        }
+        # One read of the device for all of them
+        finite = th.isfinite(th.stack([term.detach() for term in terms.values()])).tolist()
+        return next((name for name, is_finite in zip(terms, finite) if not is_finite), None)
 
-def unroll(network: Ezv2Network, batch: Batch) -> th.Tensor:
+
+def unroll(network: BaseNetwork, batch: Batch) -> th.Tensor:
     """
     :param network: the online model
     :param batch: B sequences of U steps
-    :return: states [U + 1, B, D] from the first observation and the actions alone. The gradient through the state is
+    :return: states [U + 1, B, ...] from the first observation and the actions alone. The gradient through the state is
         halved at the start of every step of the dynamics, so that it does not grow with the length of the unroll.
     """
-    state = network.represent(batch.observations[:, 0])
+    state = network.represent(apply(lambda x: x[:, 0], batch.observations))
     states = [state]
     for step in range(batch.actions.shape[1]):
         state = network.dynamics_step(0.5 * state + 0.5 * state.detach(), batch.actions[:, step])
@@ -69,7 +85,7 @@ def unroll(network: Ezv2Network, batch: Batch) -> th.Tensor:
 
 
 def compute_losses(
-    network: Ezv2Network,
+    network: BaseNetwork,
     batch: Batch,
     targets: Targets,
     rng: np.random.Generator,
@@ -97,13 +113,14 @@ def compute_losses(
     :return: see :class:`Losses`
     """
     size, steps = batch.rewards.shape
-    states = unroll(network, batch)  # [U + 1, B, D]
+    states = unroll(network, batch)  # [U + 1, B, ...]
     flat = states.flatten(0, 1)
 
     value_logits = network.value_head(flat).unflatten(0, (steps + 1, size)).transpose(0, 1)  # [B, U + 1, bins]
     value = _sum(network.value_support.cross_entropy(value_logits, targets.values), targets.value_mask)
-    reward_logits = network.reward_head(states[1:].flatten(0, 1)).unflatten(0, (steps, size)).transpose(0, 1)
-    reward = _sum(network.reward_support.cross_entropy(reward_logits, batch.rewards), batch.reward_mask)
+    reward_logits = network.reward_logits(states[1:]).transpose(0, 1)  # [B, U, bins]
+    reward_targets = network.reward_targets(batch.rewards)
+    reward = _sum(network.reward_support.cross_entropy(reward_logits, reward_targets), batch.reward_mask)
 
     policy_out = network.policy_head(flat).unflatten(0, (steps + 1, size)).transpose(0, 1)  # [B, U + 1, outputs]
     if targets.candidates is None:
@@ -118,7 +135,8 @@ def compute_losses(
 
     predicted = network.projection_predictor(network.project(states[1:].flatten(0, 1)))
     with th.no_grad():
-        observed = network.project(network.represent(batch.observations[:, 1:].transpose(0, 1).flatten(0, 1)))
+        following = apply(lambda x: x[:, 1:].transpose(0, 1).flatten(0, 1), batch.observations)
+        observed = network.project(network.represent(following))
     similarity = F.cosine_similarity(predicted, observed, dim=-1).unflatten(0, (steps, size)).transpose(0, 1)
     consistency = _sum(-similarity, batch.observed[:, 1:])
 

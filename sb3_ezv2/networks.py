@@ -1,13 +1,15 @@
 """
-The model for vector observations: representation, dynamics, reward, value, policy and projection (EfficientZero V2 App. G).
+What every model has in common, and the model for vector observations: representation, dynamics, reward, value, policy and
+projection (EfficientZero V2 App. G).
 
-All modules are pre-LN residual towers. Shapes: B rows, F features of an observation, D = ``state_dim``, A action
-dimensions (number of actions where they are discrete).
+The modules for vectors are pre-LN residual towers. Shapes: B rows, F features of an observation, D = ``state_dim``, A action
+dimensions (number of actions where they are discrete), U unroll steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch as th
 from gymnasium import spaces
@@ -67,28 +69,97 @@ class ResidualBlock(nn.Module):
         return x + self.branch(x)
 
 
+def batch_norm_mlp(width: int, net_arch: Sequence[int], out: int) -> nn.Sequential:
+    """
+    A head's MLP with batch norm whose last layer starts at zero.
+
+    :param width: of the input
+    :param net_arch: hidden widths
+    :param out: number of outputs
+    """
+    layers: list[nn.Module] = []
+    for width_in, width_out in zip([width, *net_arch], net_arch):
+        layers += [nn.Linear(width_in, width_out), nn.BatchNorm1d(width_out), nn.ReLU()]
+    last = nn.Linear(net_arch[-1], out)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(*layers, last)
+
+
+def projection_mlp(*widths: int) -> nn.Sequential:
+    """An MLP with batch norm between every two layers (SimSiam). :param widths: from the input to the output"""
+    layers: list[nn.Module] = []
+    for width_in, width_out in zip(widths, widths[1:-1]):
+        layers += [nn.Linear(width_in, width_out), nn.BatchNorm1d(width_out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
+
+
 class Head(nn.Module):
     """
-    Residual block, LayerNorm, then an MLP with batch norm whose last layer starts at zero.
+    A trunk from states to vectors, then an MLP with batch norm whose last layer starts at zero.
 
-    :param state_dim: D
+    :param trunk: from states to [B, width]
+    :param width: of what the trunk gives
     :param net_arch: hidden widths of the MLP
     :param out: number of outputs
     """
 
-    def __init__(self, state_dim: int, net_arch: Sequence[int], out: int):
+    def __init__(self, trunk: nn.Module, width: int, net_arch: Sequence[int], out: int):
         super().__init__()
-        self.trunk = nn.Sequential(ResidualBlock(state_dim, net_arch[0]), nn.LayerNorm(state_dim))
-        layers: list[nn.Module] = []
-        for width_in, width_out in zip([state_dim, *net_arch], net_arch):
-            layers += [nn.Linear(width_in, width_out), nn.BatchNorm1d(width_out), nn.ReLU()]
-        last = nn.Linear(net_arch[-1], out)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.mlp = nn.Sequential(*layers, last)
+        self.trunk = trunk
+        self.mlp = batch_norm_mlp(width, net_arch, out)
 
     def forward(self, state: th.Tensor) -> th.Tensor:
         return self.mlp(self.trunk(state))
+
+
+class PrefixHead(nn.Module):
+    """
+    The value prefix (EfficientZero 4.2, App. A.1): an LSTM over the states of a window predicts the undiscounted sum of the
+    window's rewards so far. Where it cannot be told at which of two steps a reward falls, their sum can still be known.
+
+    :param trunk: from states to [B, width]
+    :param width: of what the trunk gives
+    :param lstm_dim: width of the LSTM
+    :param window: steps after which the LSTM and the sum begin anew
+    :param net_arch: hidden widths of the MLP
+    :param out: number of outputs
+    """
+
+    def __init__(self, trunk: nn.Module, width: int, lstm_dim: int, window: int, net_arch: Sequence[int], out: int):
+        super().__init__()
+        self.lstm_dim = lstm_dim
+        self.window = window
+        self.trunk = trunk
+        self.lstm = nn.LSTMCell(width, lstm_dim)
+        self.norm = nn.Sequential(nn.BatchNorm1d(lstm_dim), nn.ReLU())
+        self.mlp = batch_norm_mlp(lstm_dim, net_arch, out)
+
+    def forward(self, states: th.Tensor) -> th.Tensor:
+        """:param states: [U, B, ...], those after each step from a window's start :return: logits [U, B, out]"""
+        inputs = self.trunk(states.flatten(0, 1)).unflatten(0, states.shape[:2])
+        start = inputs.new_zeros(inputs.shape[1], self.lstm_dim)
+        hidden, outputs = (start, start), []
+        for step, x in enumerate(inputs):
+            hidden = self.lstm(x, (start, start) if step % self.window == 0 else hidden)
+            outputs.append(hidden[0])
+        return self.mlp(self.norm(th.cat(outputs))).unflatten(0, states.shape[:2])
+
+    def step(self, state: th.Tensor, h: th.Tensor, c: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        One step of a search.
+
+        :param state: [B, ...]
+        :param h: [B, lstm_dim], output of the LSTM one step before
+        :param c: [B, lstm_dim], its memory
+        :return: logits [B, out], the new ``h`` and ``c``
+        """
+        h, c = self.lstm(self.trunk(state), (h, c))
+        return self.mlp(self.norm(h)), h, c
+
+    def targets(self, rewards: th.Tensor) -> th.Tensor:
+        """:param rewards: [B, U] from a window's start :return: [B, U], sums from the start of each step's window"""
+        return th.cat([part.cumsum(1) for part in rewards.split(self.window, dim=1)], dim=1)
 
 
 class Dynamics(nn.Module):
@@ -114,9 +185,149 @@ class Dynamics(nn.Module):
         return self.tower(state + self.joint(th.cat([state, self.embedding(action)], dim=-1)))
 
 
-class Ezv2Network(nn.Module):
+class BaseNetwork(nn.Module):
     """
-    One model: H (:meth:`represent`), G (:meth:`dynamics_step`), R, V, P and the SimSiam projection.
+    One model: H (:meth:`represent`), G (:meth:`dynamics_step`), R, V, P and the SimSiam projection. Subclasses build the
+    modules and say how observations become states.
+
+    :param observation_space: of the environment
+    :param action_space: ``Discrete``, or ``Box`` whose actions arrive flat and scaled to [-1, 1]
+    :param normalize_images: as in SB3's policies
+    """
+
+    one_hot: th.Tensor
+    value_support: CategoricalSupport
+    reward_support: CategoricalSupport
+    value_head: Head
+    reward_head: Head | PrefixHead
+    policy_head: Head
+    dynamics: nn.Module
+    projection: nn.Sequential
+    projection_predictor: nn.Sequential
+
+    def __init__(self, observation_space: spaces.Space, action_space: spaces.Space, normalize_images: bool = True):
+        super().__init__()
+        self.observation_space = observation_space
+        self.normalize_images = normalize_images
+        self.discrete = isinstance(action_space, spaces.Discrete)
+        if isinstance(action_space, spaces.Discrete):
+            self.action_dim = int(action_space.n)
+            self.policy_outputs = self.action_dim
+            self.register_buffer("one_hot", th.eye(self.action_dim), persistent=False)
+        else:
+            assert isinstance(action_space, spaces.Box)
+            self.action_dim = int(th.tensor(action_space.shape).prod())
+            self.policy_outputs = 2 * self.action_dim
+
+    def represent(self, obs: PyTorchObs) -> th.Tensor:
+        """H. :param obs: [B, ...] as the environment gives them :return: states [B, ...]"""
+        raise NotImplementedError
+
+    def update_statistics(self, obs: PyTorchObs) -> None:
+        """
+        Take a training batch into what observations are normalised by.
+
+        :param obs: [B, ...] as the environment gives them
+        """
+        raise NotImplementedError
+
+    def preprocess(self, obs: PyTorchObs) -> Any:
+        """:param obs: [B, ...] as the environment gives them :return: floats, images in [0, 1], discrete ones one-hot"""
+        return preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)
+
+    def dynamics_step(self, state: th.Tensor, action: th.Tensor) -> th.Tensor:
+        """
+        G.
+
+        :param state: [B, ...]
+        :param action: int64 [B] or float [B, A]
+        :return: next state [B, ...]
+        """
+        if self.discrete:
+            action = self.one_hot[action]
+        return self.dynamics(state, action)
+
+    def project(self, state: th.Tensor) -> th.Tensor:
+        """P1 of Eq. 4. :param state: [B, ...] :return: [B, width]"""
+        return self.projection(state.flatten(1))
+
+    def reward_logits(self, states: th.Tensor) -> th.Tensor:
+        """
+        :param states: [U, B, ...] after each step of an unroll
+        :return: [U, B, bins] of the rewards, or with a value prefix of their sums
+        """
+        if isinstance(self.reward_head, PrefixHead):
+            return self.reward_head(states)
+        return self.reward_head(states.flatten(0, 1)).unflatten(0, states.shape[:2])
+
+    def reward_targets(self, rewards: th.Tensor) -> th.Tensor:
+        """:param rewards: [B, U] of an unroll :return: [B, U], what :meth:`reward_logits` shall tell"""
+        return self.reward_head.targets(rewards) if isinstance(self.reward_head, PrefixHead) else rewards
+
+    def initial_inference(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        :param obs: [B, ...]
+        :return: what a search keeps of a state, [B, ...]; value [B] in the units of the rewards; output of the policy head
+            [B, n] or [B, 2A]. With a value prefix a search keeps [state, h, c, sum, steps] in one row: flat, so that the
+            search need not know it.
+        """
+        state = self.represent(obs)
+        value, policy = self.value_support.decode(self.value_head(state)), self.policy_head(state)
+        if isinstance(self.reward_head, PrefixHead):
+            state = th.cat([state.flatten(1), state.new_zeros(len(state), 2 * self.reward_head.lstm_dim + 2)], dim=1)
+        return state, value, policy
+
+    def recurrent_inference(self, state: th.Tensor, action: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+        """
+        :param state: [B, ...] as :meth:`initial_inference` gives it
+        :param action: int64 [B] or float [B, A]
+        :return: next state [B, ...], reward [B], value of the next state [B], output of its policy head
+        """
+        if isinstance(self.reward_head, PrefixHead):
+            return self._recurrent_prefix(self.reward_head, state, action)
+        state = self.dynamics_step(state, action)
+        reward = self.reward_support.decode(self.reward_head(state))
+        value = self.value_support.decode(self.value_head(state))
+        return state, reward, value, self.policy_head(state)
+
+    def _recurrent_prefix(
+        self, head: PrefixHead, packed: th.Tensor, action: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+        """The reward of a step is the difference of two sums; where the window has just begun, the sum itself."""
+        width = packed.shape[1] - 2 * head.lstm_dim - 2
+        state, h, c, before, steps = packed.split([width, head.lstm_dim, head.lstm_dim, 1, 1], dim=1)
+        state = self.dynamics_step(state.unflatten(1, self.state_shape), action)
+        logits, h, c = head.step(state, h, c)
+        prefix = self.reward_support.decode(logits).unsqueeze(1)
+        steps = steps + 1
+        # After the window's last step everything begins anew
+        goes_on = (steps < head.window).to(state.dtype)
+        packed = th.cat([state.flatten(1), th.cat([h, c, prefix, steps], dim=1) * goes_on], dim=1)
+        value = self.value_support.decode(self.value_head(state))
+        return packed, (prefix - before).squeeze(1), value, self.policy_head(state)
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Of one state."""
+        raise NotImplementedError
+
+    def values(self, obs: PyTorchObs) -> th.Tensor:
+        """:param obs: [B, ...] :return: [B] values in the units of the rewards"""
+        return self.value_support.decode(self.value_head(self.represent(obs)))
+
+    def float_tensors(self) -> list[th.Tensor]:
+        """:return: parameters and running statistics, in a fixed order"""
+        return [x for x in [*self.parameters(), *self.buffers()] if x.is_floating_point()]
+
+    def set_reward_scale(self, scale: float) -> None:
+        """What one unit of the supports is worth, in the units of the rewards. :param scale: above 0"""
+        self.value_support.scale.fill_(scale)
+        self.reward_support.scale.fill_(scale)
+
+
+class Ezv2Network(BaseNetwork):
+    """
+    The model for vectors.
 
     :param observation_space: of the environment
     :param action_space: ``Discrete``, or ``Box`` whose actions arrive flat and scaled to [-1, 1]
@@ -129,9 +340,9 @@ class Ezv2Network(nn.Module):
     :param value_support: what the value head can express
     :param reward_support: what the reward head can express
     :param normalize_images: as in SB3's policies
+    :param prefix_window: steps of a window of the value prefix; 0: the reward head predicts rewards
+    :param lstm_dim: width of the value prefix's LSTM
     """
-
-    one_hot: th.Tensor
 
     def __init__(
         self,
@@ -146,20 +357,11 @@ class Ezv2Network(nn.Module):
         value_support: SupportSpec,
         reward_support: SupportSpec,
         normalize_images: bool = True,
+        prefix_window: int = 0,
+        lstm_dim: int = 512,
     ):
-        super().__init__()
-        self.observation_space = observation_space
-        self.normalize_images = normalize_images
+        super().__init__(observation_space, action_space, normalize_images)
         self.state_dim = state_dim
-        self.discrete = isinstance(action_space, spaces.Discrete)
-        if isinstance(action_space, spaces.Discrete):
-            self.action_dim = int(action_space.n)
-            policy_outputs = self.action_dim
-            self.register_buffer("one_hot", th.eye(self.action_dim), persistent=False)
-        else:
-            assert isinstance(action_space, spaces.Box)
-            self.action_dim = int(th.tensor(action_space.shape).prod())
-            policy_outputs = 2 * self.action_dim
         hidden = net_arch[0]
         self.features_extractor = features_extractor
         self.normalizer = RunningNorm(features_extractor.features_dim)
@@ -172,77 +374,32 @@ class Ezv2Network(nn.Module):
         self.dynamics = Dynamics(self.action_dim, state_dim, hidden, n_blocks, action_embedding_dim)
         self.value_support = CategoricalSupport(value_support)
         self.reward_support = CategoricalSupport(reward_support)
-        self.value_head = Head(state_dim, net_arch, self.value_support.size)
-        self.reward_head = Head(state_dim, net_arch, self.reward_support.size)
-        self.policy_head = Head(state_dim, net_arch, policy_outputs)
-        self.projection = nn.Sequential(
-            nn.Linear(state_dim, projection_dim),
-            nn.BatchNorm1d(projection_dim),
-            nn.ReLU(),
-            nn.Linear(projection_dim, projection_dim),
-            nn.BatchNorm1d(projection_dim),
-            nn.ReLU(),
-            nn.Linear(projection_dim, state_dim),
-        )
-        self.projection_predictor = nn.Sequential(
-            nn.Linear(state_dim, projection_dim),
-            nn.BatchNorm1d(projection_dim),
-            nn.ReLU(),
-            nn.Linear(projection_dim, state_dim),
-        )
+
+        def trunk() -> nn.Module:
+            return nn.Sequential(ResidualBlock(state_dim, hidden), nn.LayerNorm(state_dim))
+
+        self.value_head = Head(trunk(), state_dim, net_arch, self.value_support.size)
+        if prefix_window > 0:
+            self.reward_head = PrefixHead(
+                trunk(), state_dim, lstm_dim, prefix_window, net_arch, self.reward_support.size
+            )
+        else:
+            self.reward_head = Head(trunk(), state_dim, net_arch, self.reward_support.size)
+        self.policy_head = Head(trunk(), state_dim, net_arch, self.policy_outputs)
+        self.projection = projection_mlp(state_dim, projection_dim, projection_dim, state_dim)
+        self.projection_predictor = projection_mlp(state_dim, projection_dim, state_dim)
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return (self.state_dim,)
 
     def features(self, obs: PyTorchObs) -> th.Tensor:
         """:param obs: [B, ...] as the environment gives them :return: [B, F] before normalisation"""
-        return self.features_extractor(preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images))
+        return self.features_extractor(self.preprocess(obs))
 
     def represent(self, obs: PyTorchObs) -> th.Tensor:
-        """H. :param obs: [B, ...] as the environment gives them :return: [B, D]"""
         return self.representation(self.normalizer(self.features(obs)))
 
-    def dynamics_step(self, state: th.Tensor, action: th.Tensor) -> th.Tensor:
-        """
-        G.
-
-        :param state: [B, D]
-        :param action: int64 [B] or float [B, A]
-        :return: next state [B, D]
-        """
-        if self.discrete:
-            action = self.one_hot[action]
-        return self.dynamics(state, action)
-
-    def project(self, state: th.Tensor) -> th.Tensor:
-        """P1 of Eq. 4. :param state: [B, D] :return: [B, D]"""
-        return self.projection(state)
-
-    def initial_inference(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """
-        :param obs: [B, ...]
-        :return: state [B, D], value [B] in the units of the rewards, output of the policy head [B, n] or [B, 2A]
-        """
-        state = self.represent(obs)
-        return state, self.value_support.decode(self.value_head(state)), self.policy_head(state)
-
-    def recurrent_inference(self, state: th.Tensor, action: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
-        """
-        :param state: [B, D]
-        :param action: int64 [B] or float [B, A]
-        :return: next state [B, D], reward [B], value of the next state [B], output of its policy head
-        """
-        state = self.dynamics_step(state, action)
-        reward = self.reward_support.decode(self.reward_head(state))
-        value = self.value_support.decode(self.value_head(state))
-        return state, reward, value, self.policy_head(state)
-
-    def values(self, obs: PyTorchObs) -> th.Tensor:
-        """:param obs: [B, ...] :return: [B] values in the units of the rewards"""
-        return self.value_support.decode(self.value_head(self.represent(obs)))
-
-    def float_tensors(self) -> list[th.Tensor]:
-        """:return: parameters and running statistics, in a fixed order"""
-        return [x for x in [*self.parameters(), *self.buffers()] if x.is_floating_point()]
-
-    def set_reward_scale(self, scale: float) -> None:
-        """What one unit of the supports is worth, in the units of the rewards. :param scale: above 0"""
-        self.value_support.scale.fill_(scale)
-        self.reward_support.scale.fill_(scale)
+    def update_statistics(self, obs: PyTorchObs) -> None:
+        with th.no_grad():
+            self.normalizer.update(self.features(obs))

@@ -12,43 +12,48 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 
+from sb3_ezv2.augmentation import augment
 from sb3_ezv2.distributions import SupportSpec
-from sb3_ezv2.networks import Ezv2Network
+from sb3_ezv2.image_networks import ImageNetwork
+from sb3_ezv2.networks import BaseNetwork, Ezv2Network
 from sb3_ezv2.search import GumbelSearch, SearchResult, SearchSettings
+from sb3_ezv2.validation import check_images
 
 DEFAULT_SUPPORT = SupportSpec(22025.0, 101, "symexp")
 """symlog +-10 in bins of 0.2, in units of the reward scale."""
 
+PREFIX_WINDOW = 5
+"""Steps after which the value prefix begins anew (EfficientZero Table 6)."""
+
 
 class Ezv2Policy(BasePolicy):
     """
-    Policy of EZV2: acts by a search with the model that it holds.
+    Base of EZV2's policies, which act by a search with the model that they hold.
 
-    It owns four copies of the model: ``network`` is trained and serves :meth:`predict`; ``acting_network`` collects data;
+    A policy owns four copies of the model: ``network`` is trained and serves :meth:`predict`; ``acting_network`` collects data;
     ``target_network`` reanalyzes; ``bootstrap_network`` follows ``network`` slowly and ends the n-step windows.
 
     :param observation_space: Observation space
     :param action_space: Action space
     :param lr_schedule: Learning rate schedule (could be constant)
     :param search_settings: of all searches, given by the algorithm
-    :param net_arch: hidden widths of the heads; the first is the hidden width of all residual blocks, too
-        (EfficientZero V2 App. G: [256])
-    :param state_dim: width of the latent state (App. G: 128)
-    :param n_blocks: residual blocks of the representation and of the dynamics (App. G: 3)
-    :param action_embedding_dim: width of the action embedding (App. G: 64)
-    :param projection_dim: hidden width of the consistency loss's projection and of its predictor
+    :param sizes: settings of the networks that must be positive integers, by name
+    :param net_arch: hidden widths of the heads
     :param value_support: (limit, bins, transform) of the value head, see :class:`sb3_ezv2.distributions.SupportSpec`
     :param reward_support: the same of the reward head
     :param reward_scale: what the supports' units are worth. ``"auto"``: the root mean square of the rewards collected
         before the first update, so that rewards of any scale are learned alike. The paper's supports are in raw units: 1.0
-    :param search_dtype: ``"bfloat16"``: the matrix products of large searches are in bfloat16, where the processor has it; about
+    :param value_prefix: predict sums of rewards in windows of :data:`PREFIX_WINDOW` steps by an LSTM (EfficientZero 4.2)
+        instead of rewards
+    :param lstm_dim: width of that LSTM
+    :param search_dtype: ``"bfloat16"``: matrix products of large searches in bfloat16, where the processor has it; about
         twice as fast, its effect on learning is not known
     :param features_extractor_class: Features extractor to use
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
     :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer;
-        by default weight decay 2e-5 (Table 3) and, for the speed, ``fused``
+        by default, for ``th.optim.Adam``, weight decay 2e-5 (Table 3) and, for the speed, ``fused``
     :raises ValueError: a setting out of its range
     """
 
@@ -57,22 +62,24 @@ class Ezv2Policy(BasePolicy):
         observation_space: spaces.Space,
         action_space: spaces.Space,
         lr_schedule: Schedule,
-        search_settings: SearchSettings | None = None,
-        net_arch: list[int] | None = None,
-        state_dim: int = 128,
-        n_blocks: int = 3,
-        action_embedding_dim: int = 64,
-        projection_dim: int = 512,
-        value_support: SupportSpec = DEFAULT_SUPPORT,
-        reward_support: SupportSpec = DEFAULT_SUPPORT,
-        reward_scale: float | str = "auto",
-        search_dtype: str = "float32",
+        search_settings: SearchSettings | None,
+        sizes: dict[str, int],
+        net_arch: list[int],
+        value_support: SupportSpec,
+        reward_support: SupportSpec,
+        reward_scale: float | str,
+        value_prefix: bool,
+        lstm_dim: int,
+        search_dtype: str,
         features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
     ):
+        if optimizer_kwargs is None and optimizer_class is th.optim.Adam:
+            # fused: the update of many small tensors in one call
+            optimizer_kwargs = dict(weight_decay=2e-5, fused=True)
         super().__init__(
             observation_space,
             action_space,
@@ -80,34 +87,20 @@ class Ezv2Policy(BasePolicy):
             features_extractor_kwargs,
             normalize_images=normalize_images,
             optimizer_class=optimizer_class,
-            # fused: the update of many small tensors in one call
-            optimizer_kwargs=dict(weight_decay=2e-5, fused=True) if optimizer_kwargs is None else optimizer_kwargs,
+            optimizer_kwargs=optimizer_kwargs,
             squash_output=isinstance(action_space, spaces.Box),
         )
         self.search_settings = SearchSettings() if search_settings is None else search_settings
-        self.net_arch = [256] if net_arch is None else net_arch
-        self.state_dim = state_dim
-        self.n_blocks = n_blocks
-        self.action_embedding_dim = action_embedding_dim
-        self.projection_dim = projection_dim
+        self.sizes = sizes
+        self.net_arch = net_arch
         self.value_support = value_support
         self.reward_support = reward_support
         self.reward_scale = reward_scale
+        self.value_prefix = value_prefix
+        self.lstm_dim = lstm_dim
         self.search_dtype = search_dtype
         self._check_settings()
-        self.network = Ezv2Network(
-            observation_space,
-            action_space,
-            self.make_features_extractor(),
-            net_arch=self.net_arch,
-            state_dim=state_dim,
-            n_blocks=n_blocks,
-            action_embedding_dim=action_embedding_dim,
-            projection_dim=projection_dim,
-            value_support=value_support,
-            reward_support=reward_support,
-            normalize_images=normalize_images,
-        )
+        self.network = self._make_network()
         if isinstance(reward_scale, (int, float)):
             self.network.set_reward_scale(reward_scale)
         self.acting_network = _frozen_copy(self.network)
@@ -122,17 +115,26 @@ class Ezv2Policy(BasePolicy):
             **self.optimizer_kwargs,
         )
 
+    def _make_network(self) -> BaseNetwork:
+        raise NotImplementedError
+
+    @property
+    def prefix_window(self) -> int:
+        """Steps of a window of the value prefix; 0: there is none."""
+        return PREFIX_WINDOW if self.value_prefix else 0
+
     def _check_settings(self) -> None:
         widths = self.net_arch
         if not isinstance(widths, (list, tuple)) or not widths or not all(isinstance(w, int) and w > 0 for w in widths):
             raise ValueError(f"net_arch must be a list of hidden widths such as [256], not {widths!r}")
-        for name in ("state_dim", "n_blocks", "action_embedding_dim", "projection_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+        for name, value in {**self.sizes, "lstm_dim": self.lstm_dim}.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
         scale = self.reward_scale
         if scale != "auto" and not (isinstance(scale, (int, float)) and 0 < scale < float("inf")):
             raise ValueError(f'reward_scale must be "auto" or a positive number, not {scale!r}')
+        if not isinstance(self.value_prefix, bool):
+            raise ValueError(f"value_prefix must be True or False, not {self.value_prefix!r}")
         if self.search_dtype not in ("float32", "bfloat16"):
             raise ValueError(f'search_dtype must be "float32" or "bfloat16", not {self.search_dtype!r}')
 
@@ -141,21 +143,26 @@ class Ezv2Policy(BasePolicy):
         data.update(
             lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
             search_settings=self.search_settings,
+            **self.sizes,
             net_arch=self.net_arch,
-            state_dim=self.state_dim,
-            n_blocks=self.n_blocks,
-            action_embedding_dim=self.action_embedding_dim,
-            projection_dim=self.projection_dim,
             value_support=self.value_support,
             reward_support=self.reward_support,
             reward_scale=self.reward_scale,
+            value_prefix=self.value_prefix,
+            lstm_dim=self.lstm_dim,
             search_dtype=self.search_dtype,
-            features_extractor_class=self.features_extractor_class,
-            features_extractor_kwargs=self.features_extractor_kwargs,
             optimizer_class=self.optimizer_class,
             optimizer_kwargs=self.optimizer_kwargs,
         )
         return data
+
+    def augment(self, obs: Any, rng: np.random.Generator) -> Any:
+        """
+        :param obs: training observations, [..., *shape] or a dictionary of such tensors
+        :param rng: of the augmentation
+        :return: what the model is trained with: here the observations themselves
+        """
+        return obs
 
     def set_training_mode(self, mode: bool) -> None:
         """Only the trained network has a training mode: its copies are always evaluated. :param mode: training or not"""
@@ -163,7 +170,7 @@ class Ezv2Policy(BasePolicy):
         if self.network.training != mode:
             self.network.train(mode)
 
-    def networks(self) -> list[Ezv2Network]:
+    def networks(self) -> list[BaseNetwork]:
         """:return: the trained network and its copies"""
         return [self.network, self.acting_network, self.target_network, self.bootstrap_network]
 
@@ -203,8 +210,225 @@ class Ezv2Policy(BasePolicy):
         return actions
 
 
-def _frozen_copy(network: Ezv2Network) -> Ezv2Network:
+class MlpPolicy(Ezv2Policy):
+    """
+    Policy of EZV2 for vectors: the networks of EfficientZero V2 App. G.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param lr_schedule: Learning rate schedule (could be constant)
+    :param search_settings: of all searches, given by the algorithm
+    :param net_arch: hidden widths of the heads; the first is the hidden width of all residual blocks, too
+        (EfficientZero V2 App. G: [256])
+    :param state_dim: width of the latent state (App. G: 128)
+    :param n_blocks: residual blocks of the representation and of the dynamics (App. G: 3)
+    :param action_embedding_dim: width of the action embedding (App. G: 64)
+    :param projection_dim: hidden width of the consistency loss's projection and of its predictor
+    :param value_support: (limit, bins, transform) of the value head, see :class:`sb3_ezv2.distributions.SupportSpec`
+    :param reward_support: the same of the reward head
+    :param reward_scale: what the supports' units are worth. ``"auto"``: the root mean square of the rewards collected
+        before the first update, so that rewards of any scale are learned alike. The paper's supports are in raw units: 1.0
+    :param value_prefix: predict sums of rewards in windows of 5 steps by an LSTM (EfficientZero 4.2) instead of rewards
+    :param lstm_dim: width of that LSTM (EfficientZero App. A.1: 512)
+    :param search_dtype: ``"bfloat16"``: matrix products of large searches in bfloat16, where the processor has it; about
+        twice as fast, its effect on learning is not known
+    :param features_extractor_class: Features extractor to use
+    :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
+    :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
+    :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
+    :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer;
+        by default, for ``th.optim.Adam``, weight decay 2e-5 (Table 3) and, for the speed, ``fused``
+    :raises ValueError: a setting out of its range
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Schedule,
+        search_settings: SearchSettings | None = None,
+        net_arch: list[int] | None = None,
+        state_dim: int = 128,
+        n_blocks: int = 3,
+        action_embedding_dim: int = 64,
+        projection_dim: int = 512,
+        value_support: SupportSpec = DEFAULT_SUPPORT,
+        reward_support: SupportSpec = DEFAULT_SUPPORT,
+        reward_scale: float | str = "auto",
+        value_prefix: bool = False,
+        lstm_dim: int = 512,
+        search_dtype: str = "float32",
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+    ):
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            search_settings,
+            sizes=dict(
+                state_dim=state_dim,
+                n_blocks=n_blocks,
+                action_embedding_dim=action_embedding_dim,
+                projection_dim=projection_dim,
+            ),
+            net_arch=[256] if net_arch is None else net_arch,
+            value_support=value_support,
+            reward_support=reward_support,
+            reward_scale=reward_scale,
+            value_prefix=value_prefix,
+            lstm_dim=lstm_dim,
+            search_dtype=search_dtype,
+            features_extractor_class=features_extractor_class,
+            features_extractor_kwargs=features_extractor_kwargs,
+            normalize_images=normalize_images,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+        )
+
+    def _make_network(self) -> BaseNetwork:
+        return Ezv2Network(
+            self.observation_space,
+            self.action_space,
+            self.make_features_extractor(),
+            net_arch=self.net_arch,
+            value_support=self.value_support,
+            reward_support=self.reward_support,
+            normalize_images=self.normalize_images,
+            prefix_window=self.prefix_window,
+            lstm_dim=self.lstm_dim,
+            **self.sizes,
+        )
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            features_extractor_class=self.features_extractor_class,
+            features_extractor_kwargs=self.features_extractor_kwargs,
+        )
+        return data
+
+
+class CnnPolicy(Ezv2Policy):
+    """
+    Policy of EZV2 for images, and as ``MultiInputPolicy`` for dictionaries of images and vectors: the networks of
+    EfficientZero App. A.1 with the action embedding of EfficientZero V2, and random shifts and intensities in training.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param lr_schedule: Learning rate schedule (could be constant)
+    :param search_settings: of all searches, given by the algorithm
+    :param net_arch: hidden widths of the heads (App. A.1: [32])
+    :param channels: planes of the latent state, even; the representation begins with half as many (App. A.1: 64)
+    :param n_blocks: residual blocks of each stage of the representation and of the dynamics (App. A.1: 1)
+    :param n_downsamples: halvings of the resolution: with 4 (App. A.1) 96x96 and 84x84 become 6x6; small images need fewer
+    :param head_channels: planes that the heads make of the state's (App. A.1: 16)
+    :param action_embedding_dim: planes of the action embedding
+    :param projection_dim: hidden width of the consistency loss's projection and of its predictor, whose results are twice as
+        wide (App. A.1: 512 and 1024)
+    :param value_support: (limit, bins, transform) of the value head, see :class:`sb3_ezv2.distributions.SupportSpec`
+    :param reward_support: the same of the reward head
+    :param reward_scale: what the supports' units are worth. ``"auto"``: the root mean square of the rewards collected
+        before the first update, so that rewards of any scale are learned alike. The paper's supports are in raw units: 1.0
+    :param value_prefix: predict sums of rewards in windows of 5 steps by an LSTM (EfficientZero 4.2) instead of rewards
+    :param lstm_dim: width of that LSTM (App. A.1: 512)
+    :param search_dtype: ``"bfloat16"``: matrix products of large searches in bfloat16, where the processor has it; about
+        twice as fast, its effect on learning is not known
+    :param random_shift: largest shift of a training image in pixels; 0: none
+    :param random_intensity: standard deviation of the factor of a training image's intensity; 0: none
+    :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
+    :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer;
+        by default, for ``th.optim.Adam``, weight decay 2e-5 and, for the speed, ``fused``
+    :raises ValueError: a setting out of its range, observations that are no images or too small ones
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Schedule,
+        search_settings: SearchSettings | None = None,
+        net_arch: list[int] | None = None,
+        channels: int = 64,
+        n_blocks: int = 1,
+        n_downsamples: int = 4,
+        head_channels: int = 16,
+        action_embedding_dim: int = 16,
+        projection_dim: int = 512,
+        value_support: SupportSpec = DEFAULT_SUPPORT,
+        reward_support: SupportSpec = DEFAULT_SUPPORT,
+        reward_scale: float | str = "auto",
+        value_prefix: bool = False,
+        lstm_dim: int = 512,
+        search_dtype: str = "float32",
+        random_shift: int = 4,
+        random_intensity: float = 0.05,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+    ):
+        self.random_shift = random_shift
+        self.random_intensity = random_intensity
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            search_settings,
+            sizes=dict(
+                channels=channels,
+                n_blocks=n_blocks,
+                n_downsamples=n_downsamples,
+                head_channels=head_channels,
+                action_embedding_dim=action_embedding_dim,
+                projection_dim=projection_dim,
+            ),
+            net_arch=[32] if net_arch is None else net_arch,
+            value_support=value_support,
+            reward_support=reward_support,
+            reward_scale=reward_scale,
+            value_prefix=value_prefix,
+            lstm_dim=lstm_dim,
+            search_dtype=search_dtype,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+        )
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        if self.sizes["channels"] % 2 != 0:
+            raise ValueError(f"channels must be even, not {self.sizes['channels']}")
+        if isinstance(self.random_shift, bool) or not isinstance(self.random_shift, int) or self.random_shift < 0:
+            raise ValueError(f"random_shift must be a number of pixels, 0 or more, not {self.random_shift!r}")
+        if not isinstance(self.random_intensity, (int, float)) or not 0 <= self.random_intensity < 0.5:
+            raise ValueError(f"random_intensity must be at least 0 and below 0.5, not {self.random_intensity!r}")
+        check_images(self.observation_space, self.sizes["n_downsamples"])
+
+    def _make_network(self) -> BaseNetwork:
+        return ImageNetwork(
+            self.observation_space,
+            self.action_space,
+            net_arch=self.net_arch,
+            value_support=self.value_support,
+            reward_support=self.reward_support,
+            prefix_window=self.prefix_window,
+            lstm_dim=self.lstm_dim,
+            **self.sizes,
+        )
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(random_shift=self.random_shift, random_intensity=self.random_intensity)
+        del data["normalize_images"]  # they always are
+        return data
+
+    def augment(self, obs: Any, rng: np.random.Generator) -> Any:
+        return augment(obs, self.observation_space, self.random_shift, self.random_intensity, rng)
+
+
+MultiInputPolicy = CnnPolicy
+
+
+def _frozen_copy(network: BaseNetwork) -> BaseNetwork:
     return copy.deepcopy(network).requires_grad_(False).eval()
-
-
-MlpPolicy = Ezv2Policy

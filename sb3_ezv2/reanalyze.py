@@ -8,7 +8,8 @@ import numpy as np
 import torch as th
 
 from sb3_ezv2.losses import Targets
-from sb3_ezv2.networks import Ezv2Network
+from sb3_ezv2.networks import BaseNetwork
+from sb3_ezv2.observations import apply
 from sb3_ezv2.replay_buffer import Batch, SequenceReplayBuffer
 from sb3_ezv2.search import GumbelSearch, SearchResult
 
@@ -89,7 +90,7 @@ class Reanalyzer:
     def __init__(
         self,
         search: GumbelSearch,
-        bootstrap: Ezv2Network,
+        bootstrap: BaseNetwork,
         buffer: SequenceReplayBuffer,
         value_target: str = "mixed",
         mixed_value_start: int = 40_000,
@@ -164,7 +165,7 @@ class Reanalyzer:
     @th.no_grad()
     def td_values(self, batch: Batch) -> th.Tensor:
         """:return: [B, U + 1], n-step values: the first case of Eq. 16"""
-        ends = self.bootstrap.values(batch.bootstrap_observations.flatten(0, 1))
+        ends = self.bootstrap.values(apply(lambda x: x.flatten(0, 1), batch.bootstrap_observations))
         return batch.returns + batch.bootstrap_discounts * ends.unflatten(0, batch.returns.shape)
 
     def _roots(self, result: SearchResult) -> _Roots:
@@ -178,19 +179,19 @@ class Reanalyzer:
     def _search(self, batch: Batch, rng: np.random.Generator) -> tuple[_Roots, dict[str, th.Tensor]]:
         """:return: the searches of the n states that ``batch.policy_mask`` selects, and statistics of them"""
         mask = batch.policy_mask
-        observations = batch.observations[mask]
-        device = observations.device
+        observations = apply(lambda x: x[mask], batch.observations)
+        device = mask.device
         result: SearchResult | None = None
         if self.cache is None:
             result = self.search.run(observations, rng)
             roots = self._roots(result)
-            return roots, _search_stats(result, searched=len(observations), wanted=len(observations))
+            return roots, _search_stats(result, searched=len(roots.value), wanted=len(roots.value))
         slots = batch.slots[mask.cpu().numpy()]
         unique, first = np.unique(slots, return_index=True)
         missing = ~self.cache.hits(unique)
         if missing.any():
             rows = th.from_numpy(first[missing]).to(device)
-            result = self.search.run(observations[rows], rng)
+            result = self.search.run(apply(lambda x: x[rows], observations), rng)
             self.cache.put(unique[missing], self._roots(result))
         return self.cache.get(slots, device), _search_stats(result, searched=int(missing.sum()), wanted=len(slots))
 

@@ -2,8 +2,8 @@
 Replay of sequences with priorities.
 
 Every environment writes a ring of slots. A slot is an observation with the action taken there and its reward; an episode
-ends with a slot of its own for its final observation, which has neither. So every observation is stored once, and
-a sequence is a run of neighbouring slots.
+ends with a slot of its own for its final observation, which has neither. So every observation is stored once (of stacked
+images every frame, see :mod:`sb3_ezv2.frames`), and a sequence is a run of neighbouring slots.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_ezv2.frames import ObservationStore, observation_nbytes
+from sb3_ezv2.observations import apply
 
 RUNNING, TERMINATED, TRUNCATED = 0, 1, 2
 """Kinds of slots: a transition, or the final observation of an episode that terminated or was truncated."""
@@ -28,11 +31,11 @@ class Batch(NamedTuple):
     B sequences of U unroll steps. Step 0 is the start of a sequence.
 
     :param slots: numpy int64 [B, U + 1], where the observations are stored; beyond the last one, that one again
-    :param observations: [B, U + 1, ...]
+    :param observations: [B, U + 1, ...] tensor, or for a ``Dict`` space a dictionary of such tensors
     :param actions: int64 [B, U], or float [B, U, A] in [-1, 1]; random where the episode is over
     :param rewards: [B, U], 0 where the episode is over
     :param returns: [B, U + 1], discounted sums of the n-step windows
-    :param bootstrap_observations: [B, U + 1, ...], observations at the windows' ends
+    :param bootstrap_observations: as ``observations``, at the windows' ends
     :param bootstrap_discounts: [B, U + 1], gamma^l of the windows' lengths l; 0 at a termination
     :param observed: bool [B, U + 1], there is an observation
     :param reward_mask: bool [B, U]
@@ -43,11 +46,11 @@ class Batch(NamedTuple):
     """
 
     slots: np.ndarray
-    observations: th.Tensor
+    observations: Any
     actions: th.Tensor
     rewards: th.Tensor
     returns: th.Tensor
-    bootstrap_observations: th.Tensor
+    bootstrap_observations: Any
     bootstrap_discounts: th.Tensor
     observed: th.Tensor
     reward_mask: th.Tensor
@@ -74,7 +77,8 @@ class SequenceReplayBuffer(ReplayBuffer):
     :param alpha: exponent of the priorities
     :param beta: exponent of the importance weights
     :param seed: of the sampling
-    :raises ValueError: too few slots for one window
+    :param frame_stack: frames of which an image observation is a stack, along its channels: each is stored once
+    :raises ValueError: too few slots for one window, images that are no stacks
     """
 
     def __init__(
@@ -92,17 +96,20 @@ class SequenceReplayBuffer(ReplayBuffer):
         alpha: float = 1.0,
         beta: float = 1.0,
         seed: int | None = None,
+        frame_stack: int = 1,
     ):
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         self.ring = buffer_size // n_envs
         self.handle_timeout_termination = True  # SB3 asks for it when it loads a buffer
         # A start is sampled when its own window is complete and every unrolled step has at least one reward
         self.wait = max(td_steps, unroll_steps + 1)
-        if self.ring < self.wait + 2:
+        least = self.wait + 2 + frame_stack - 1
+        if self.ring < least:
             raise ValueError(
                 f"buffer_size={buffer_size} leaves {self.ring} transitions per environment, but a window of "
-                f"td_steps={td_steps} and unroll_steps={unroll_steps} needs {self.wait + 2}: enlarge buffer_size."
+                f"td_steps={td_steps} and unroll_steps={unroll_steps} needs {least}: enlarge buffer_size."
             )
+        self.frame_stack = frame_stack
         self.gamma = gamma
         self.unroll_steps = unroll_steps
         self.td_steps = td_steps
@@ -114,7 +121,7 @@ class SequenceReplayBuffer(ReplayBuffer):
 
         size = self.ring * n_envs
         self.discrete = isinstance(action_space, spaces.Discrete)
-        self.observations = np.zeros((size, *self.obs_shape), dtype=observation_space.dtype)  # type: ignore[arg-type]
+        self.store = ObservationStore(observation_space, n_envs, self.ring, frame_stack)
         self.actions = np.zeros(size, np.int64) if self.discrete else np.zeros((size, self.action_dim), np.float32)
         self.rewards = np.zeros(size, np.float32)
         self.kinds = np.zeros(size, np.uint8)
@@ -130,9 +137,11 @@ class SequenceReplayBuffer(ReplayBuffer):
         self._fresh: list[np.ndarray] = []
 
     @staticmethod
-    def estimate_nbytes(buffer_size: int, observation_space: spaces.Space, action_space: spaces.Space) -> int:
+    def estimate_nbytes(
+        buffer_size: int, observation_space: spaces.Space, action_space: spaces.Space, frame_stack: int = 1
+    ) -> int:
         """:return: bytes that a buffer of this size takes when it is full"""
-        obs = int(np.prod(observation_space.shape)) * np.dtype(observation_space.dtype).itemsize  # type: ignore[arg-type]
+        obs = observation_nbytes(observation_space, frame_stack)
         action = 8 if isinstance(action_space, spaces.Discrete) else 4 * int(np.prod(action_space.shape))  # type: ignore[arg-type]
         return buffer_size * (obs + action + 4 + 1 + 4 * 8)
 
@@ -153,19 +162,28 @@ class SequenceReplayBuffer(ReplayBuffer):
         self.waiting[:] = self.written
         self._fresh = []
 
-    def _write(self, envs: np.ndarray, observations: np.ndarray) -> np.ndarray:
+    def _write(self, envs: np.ndarray, observations: Any) -> np.ndarray:
         slots = envs * self.ring + self.written[envs] % self.ring
-        self.observations[slots] = observations
+        before = envs * self.ring + (self.written[envs] - 1) % self.ring
+        self.store.write(slots, observations, self.episodes[before] != self.episode[envs])
         self.stamps[slots] = self.written[envs]
         self.episodes[slots] = self.episode[envs]
         self.weights[slots] = 0.0
         self.written[envs] += 1
+        for step in range(1, self.frame_stack):
+            oldest = envs * self.ring + (self.written[envs] + step - 1) % self.ring
+            self.weights[oldest[~self._complete(oldest)]] = 0.0
         return slots
+
+    def _complete(self, slots: np.ndarray) -> np.ndarray:
+        """:return: bool [n], these slots and the frames before them that they need are still there"""
+        first = self.stamps[slots] - (self.store.history[slots] if self.frame_stack > 1 else 0)
+        return first >= self.written[slots // self.ring] - self.ring
 
     def add(  # type: ignore[override]
         self,
-        obs: np.ndarray,
-        next_obs: np.ndarray,
+        obs: Any,
+        next_obs: Any,
         action: np.ndarray,
         reward: np.ndarray,
         done: np.ndarray,
@@ -174,15 +192,15 @@ class SequenceReplayBuffer(ReplayBuffer):
         """
         Store one transition of each of the N environments; :attr:`last_slots` tells where.
 
-        :param obs: [N, ...]
-        :param next_obs: [N, ...], of which only those that end an episode are stored here
+        :param obs: [N, ...], or a dictionary of such arrays
+        :param next_obs: the same, of which only those that end an episode are stored here
         :param action: [N] or [N, ...], scaled to [-1, 1] if continuous
         :param reward: [N]
         :param done: bool [N]
         :param infos: ``TimeLimit.truncated`` tells a truncation from a termination
         """
         envs = np.arange(self.n_envs)
-        slots = self._write(envs, np.reshape(obs, (self.n_envs, *self.obs_shape)))
+        slots = self._write(envs, obs)
         self.actions[slots] = np.reshape(action, (self.n_envs, *self.actions.shape[1:]))
         self.rewards[slots] = reward
         self.kinds[slots] = RUNNING
@@ -191,7 +209,7 @@ class SequenceReplayBuffer(ReplayBuffer):
 
         ended = np.flatnonzero(done)
         if len(ended) > 0:
-            final = self._write(ended, np.reshape(next_obs, (self.n_envs, *self.obs_shape))[ended])
+            final = self._write(ended, apply(lambda x: np.asarray(x)[ended], next_obs))
             truncated = np.array([bool(infos[env].get("TimeLimit.truncated", False)) for env in ended])
             self.kinds[final] = np.where(truncated, TRUNCATED, TERMINATED)
             self.episode[ended] += self.n_envs
@@ -224,7 +242,8 @@ class SequenceReplayBuffer(ReplayBuffer):
         fresh = np.unique(np.concatenate(self._fresh)) if self._fresh else np.zeros(0, np.int64)
         self._fresh = []
         # those still there: not overwritten since
-        return fresh[(self.kinds[fresh] == RUNNING) & (self.stamps[fresh] < self.waiting[fresh // self.ring])]
+        there = (self.kinds[fresh] == RUNNING) & (self.stamps[fresh] < self.waiting[fresh // self.ring])
+        return fresh[there & self._complete(fresh)]
 
     def truncate_open_episodes(self) -> None:
         """Close the running episodes as truncated: their environments were reset. Each one's newest slot becomes its
@@ -329,11 +348,11 @@ class SequenceReplayBuffer(ReplayBuffer):
         actions = np.where(acted if self.discrete else acted[..., None], actions, random)
         return Batch(
             slots=sequence,
-            observations=self._observations(sequence, env),
+            observations=self.store.read(sequence, self.device, env),
             actions=self.to_torch(actions),
             rewards=self._float(rewards[:, :unroll]),
             returns=self._float(returns),
-            bootstrap_observations=self._observations(slots[rows, ends], env),
+            bootstrap_observations=self.store.read(slots[rows, ends], self.device, env),
             bootstrap_discounts=self._float(discounts),
             observed=self.to_torch(steps <= last[:, None]),
             reward_mask=self.to_torch((before_end | over)[:, :unroll]),
@@ -348,14 +367,6 @@ class SequenceReplayBuffer(ReplayBuffer):
             assert isinstance(self.action_space, spaces.Discrete)
             return self.rng.integers(self.action_space.n, size=(size, unroll))
         return self.rng.uniform(-1, 1, size=(size, unroll, self.action_dim)).astype(np.float32)
-
-    def _observations(self, slots: np.ndarray, env: VecNormalize | None) -> th.Tensor:
-        observations = self.observations[slots]
-        if env is not None:
-            normalized = env.normalize_obs(observations.reshape(-1, *observations.shape[2:]))
-            assert isinstance(normalized, np.ndarray)
-            observations = normalized.reshape(observations.shape)
-        return self.to_torch(observations, copy=False)
 
     def _float(self, array: np.ndarray) -> th.Tensor:
         return self.to_torch(array.astype(np.float32), copy=False)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space
 
 UNSUPPORTED_OPTIONS = {
     "action_noise": "EZV2 explores by the noise of its search, so action_noise does not apply: remove it.",
@@ -40,13 +42,99 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
             raise ValueError("the action space has no dimension at all.")
     elif not isinstance(action_space, spaces.Discrete):
         raise ValueError(f"EZV2 supports Discrete and Box action spaces, not {action_space}.")
-    if not isinstance(observation_space, (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)):
+    members = observation_space.spaces.values() if isinstance(observation_space, spaces.Dict) else [observation_space]
+    for space in members:
+        if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)):
+            raise ValueError(
+                f"EZV2 supports Box, Discrete, MultiBinary and MultiDiscrete observation spaces and Dicts of them, not {space}: "
+                "flatten it with gymnasium.wrappers.FlattenObservation."
+            )
+        if isinstance(space, spaces.MultiDiscrete) and len(space.shape) > 1:
+            raise ValueError(f"MultiDiscrete observations must have one dimension, not the shape {space.shape}.")
+
+
+def check_images(observation_space: spaces.Space, n_downsamples: int) -> None:
+    """
+    :param observation_space: as the algorithm sees it, images with channels first
+    :param n_downsamples: halvings of the resolution
+    :raises ValueError: there is no image, or one that the image networks cannot take
+    """
+    if isinstance(observation_space, spaces.Dict):
+        if not any(is_image_space(space) for space in observation_space.spaces.values()):
+            raise ValueError(
+                "none of the Dict's observations is an image (uint8 in [0, 255], three dimensions): flatten it with "
+                "gymnasium.wrappers.FlattenObservation and take MlpPolicy."
+            )
+        members = observation_space.spaces
+    else:
+        members = {"observation": observation_space}
+    for name, space in members.items():
+        if isinstance(space, spaces.Box) and (len(members) == 1 or _may_be_image(space)):
+            _check_image(name, space, n_downsamples)
+        elif len(members) == 1:
+            raise ValueError(f"CnnPolicy is for images, not for {space}: take MlpPolicy.")
+
+
+def _may_be_image(space: spaces.Box) -> bool:
+    """What is meant as an image, if in a form that is not understood."""
+    return is_image_space(space) or (space.dtype == np.uint8 and len(space.shape) in (2, 3) and min(space.shape[-2:]) >= 16)
+
+
+def _check_image(name: str, space: spaces.Box, n_downsamples: int) -> None:
+    shape = space.shape
+    if len(shape) == 2:
         raise ValueError(
-            f"EZV2 supports Box, Discrete, MultiBinary and MultiDiscrete observation spaces, not {observation_space}: "
-            "flatten it with gymnasium.wrappers.FlattenObservation."
+            f"the {name} of shape {shape} has no channel axis: give grey images one, for instance with "
+            "gymnasium.wrappers.GrayscaleObservation(env, keep_dim=True)."
         )
-    if isinstance(observation_space, spaces.MultiDiscrete) and len(observation_space.shape) > 1:
-        raise ValueError(f"MultiDiscrete observations must have one dimension, not the shape {observation_space.shape}.")
+    if len(shape) != 3:
+        raise ValueError(f"CnnPolicy is for images of three dimensions, not for the {name} of shape {shape}: take MlpPolicy.")
+    if space.dtype != np.uint8 or not is_image_space(space):
+        raise ValueError(
+            f"images must be of dtype uint8 with bounds 0 and 255, but the {name} is {space.dtype} in "
+            f"[{space.low.min()}, {space.high.max()}]: let the environment give bytes, they are divided by 255 in the network."
+        )
+    channels, height, width = shape
+    if channels > min(height, width):
+        raise ValueError(
+            f"the {name} looks like {channels} channels of {height}x{width} pixels: the channels must be the first axis or the "
+            "last, and fewer than the pixels of the others."
+        )
+    least = 2**n_downsamples + 1
+    if min(height, width) < least:
+        raise ValueError(
+            f"the {name} of {height}x{width} pixels is too small for {n_downsamples} halvings, which need {least}x{least}: give "
+            f"policy_kwargs=dict(n_downsamples={max(1, int(math.log2(max(2, min(height, width) - 1))))}) or larger images."
+        )
+
+
+def check_memory(nbytes: int, buffer_size: int) -> None:
+    """
+    :param nbytes: what a replay buffer takes when it is full
+    :param buffer_size: its size
+    :raises ValueError: so much memory is not free
+    """
+    free = free_memory()
+    if free is not None and nbytes > free:
+        raise ValueError(
+            f"the replay buffer takes {nbytes / 1e9:.2f} GB when full, but {free / 1e9:.2f} GB of memory are free: lower "
+            f"buffer_size to at most {int(buffer_size * free / nbytes)}."
+        )
+
+
+def free_memory() -> int | None:
+    """:return: bytes that this process can still allocate, by the kernel and by its control group; None where that is unknown"""
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(fields["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return None
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        return free if limit == "max" else min(free, int(limit) - int(used))
+    except (OSError, ValueError):
+        return free
 
 
 def check_settings(settings: dict[str, Any]) -> None:
@@ -71,6 +159,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     _check_integer("gradient_steps", settings["gradient_steps"], -1)
     for name, least in (
         ("td_steps_age", 1),
+        ("lr_decay_updates", 1),
         ("target_update_interval", 1),
         ("mixed_value_start", 0),
         ("fresh_transitions", 0),
@@ -86,7 +175,8 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise ValueError("batch_size and unroll_steps cannot both be 1: batch norm needs more than one state.")
     for name in ("gamma", "policy_action_fraction", "warmup_fraction"):
         _check_number(name, settings[name], 0, 1)
-    _check_number("tau", settings["tau"], 0, 1, open_low=True)
+    for name in ("tau", "lr_decay_factor"):
+        _check_number(name, settings[name], 0, 1, open_low=True)
     for name in ("flat_std_scale", "max_grad_norm"):
         _check_number(name, settings[name], 0, math.inf, open_low=True)
     for name in (

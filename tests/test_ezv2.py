@@ -146,6 +146,24 @@ def test_same_seed_same_run(env_id: str) -> None:
     assert not th.equal(runs[0], runs[2])
 
 
+@pytest.mark.parametrize(
+    "env_id, expected",
+    [
+        ("CartPole-v1", [121.99881, 200.52205, 153.53214, 158.70314, 142.52962, 8109.65105, 1780.20936]),
+        ("Pendulum-v1", [120.67316, 199.45154, 154.09676, 157.06609, 147.0516, 8108.79604, 1779.22066]),
+    ],
+)
+def test_a_short_run_gives_the_weights_it_always_gave(env_id: str, expected: list[float]) -> None:
+    """
+    Sums of the absolute weights of each part, recorded before images came in: networks, replay and losses of states are still
+    made and drawn in the same order. Machines differ in their last digits, another order of random numbers in the third.
+    """
+    network = make(env_id).learn(60).policy.network
+    parts = [list(part.parameters()) for part in network.children()]
+    sums = [sum(float(x.double().abs().sum()) for x in part) for part in parts if part]
+    np.testing.assert_allclose(sums, expected, rtol=2e-3)
+
+
 class _Evaluate(BaseCallback):
     """predict(), evaluation and global random draws in the middle of training."""
 

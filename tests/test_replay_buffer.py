@@ -368,8 +368,9 @@ def test_spaces(space: spaces.Space, action_space: spaces.Space) -> None:
     stream.reference.check(batch, list(stored.values()), 3)
     assert batch.observations.shape[2:] == (space.shape or (1,))
     # stored in their own type, which is what the estimate counts
-    assert buffer.observations.dtype == space.dtype
-    nbytes = sum(x.nbytes for x in vars(buffer).values() if isinstance(x, np.ndarray) and len(x) == 2 * buffer.ring)
+    assert buffer.store.arrays[None].dtype == space.dtype
+    arrays = [*vars(buffer).values(), *buffer.store.arrays.values()]
+    nbytes = sum(x.nbytes for x in arrays if isinstance(x, np.ndarray) and len(x) == 2 * buffer.ring)
     assert SequenceReplayBuffer.estimate_nbytes(30, space, action_space) == pytest.approx(nbytes, rel=0.1)
 
 

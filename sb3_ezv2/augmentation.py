@@ -1,0 +1,70 @@
+"""Augmentation of training images: a small random shift and a random intensity (EfficientZero 4.1, App. A.2)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.type_aliases import PyTorchObs
+
+from sb3_ezv2.observations import image_keys
+
+
+def random_shift(images: th.Tensor, pixels: int, rng: np.random.Generator) -> th.Tensor:
+    """
+    Move each image by up to ``pixels`` in both directions; what comes in repeats the border.
+
+    :param images: [N, planes, height, width] of any dtype; all planes of an image (its frames) move together
+    :param pixels: largest shift
+    :param rng: of the shifts
+    :return: as ``images``
+    """
+    count, _, height, width = images.shape
+    offsets = th.from_numpy(rng.integers(-pixels, pixels + 1, size=(2, count, 1))).to(images.device)
+    rows = (th.arange(height, device=images.device) + offsets[0]).clamp(0, height - 1)  # [N, height]
+    columns = (th.arange(width, device=images.device) + offsets[1]).clamp(0, width - 1)  # [N, width]
+    index = th.arange(count, device=images.device)[:, None, None]
+    # An index between slices puts its dimensions first, so the planes go last on the way
+    return images.movedim(1, -1)[index, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+
+
+def random_intensity(images: th.Tensor, scale: float, rng: np.random.Generator) -> th.Tensor:
+    """
+    Multiply each image by 1 + ``scale`` times a normal number, which is clipped to [-2, 2].
+
+    :param images: [N, planes, height, width]
+    :param scale: standard deviation of the factors
+    :param rng: of the factors
+    :return: float32, of that shape and in the units of ``images``
+    """
+    noise = rng.standard_normal((len(images), 1, 1, 1), dtype=np.float32).clip(-2, 2)
+    return images * th.from_numpy(1 + np.float32(scale) * noise).to(images.device)
+
+
+def augment(
+    obs: PyTorchObs, space: spaces.Space, pixels: int, intensity: float, rng: np.random.Generator
+) -> PyTorchObs:
+    """
+    Each observation gets a shift and an intensity of its own, so that the two branches of the consistency loss see two
+    views; vectors stay as they are.
+
+    :param obs: [..., planes, height, width] as the environment gives them, or a dictionary
+    :param space: of the observations
+    :param pixels: largest shift; 0: none
+    :param intensity: standard deviation of the factors; 0: none
+    :param rng: of both
+    :return: as ``obs``; images as float32 in [0, 255] (and a little above), if there is an intensity
+    """
+    keys = image_keys(space)
+
+    def views(images: th.Tensor) -> th.Tensor:
+        flat = images.flatten(0, -4)
+        if pixels > 0:
+            flat = random_shift(flat, pixels, rng)
+        if intensity > 0:
+            flat = random_intensity(flat, intensity, rng)
+        return flat.reshape(images.shape)
+
+    if isinstance(obs, dict):
+        return {key: views(value) if key in keys else value for key, value in obs.items()}
+    return views(obs) if keys else obs

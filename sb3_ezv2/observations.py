@@ -1,0 +1,27 @@
+"""Observations as tensors or, for ``Dict`` spaces, dictionaries of them: one function for both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space
+
+Observations = TypeVar("Observations")
+
+
+def apply(function: Callable[[Any], Any], obs: Observations) -> Observations:
+    """
+    :param function: of one array or tensor
+    :param obs: one, or a dictionary of them
+    :return: the function's result, or a dictionary of its results
+    """
+    return {key: function(value) for key, value in obs.items()} if isinstance(obs, dict) else function(obs)  # type: ignore
+
+
+def image_keys(space: spaces.Space) -> list[str | None]:
+    """:return: keys of a ``Dict`` space's images; ``[None]`` for a space that is an image itself"""
+    if isinstance(space, spaces.Dict):
+        return [key for key, member in space.spaces.items() if is_image_space(member)]
+    return [None] if is_image_space(space) else []
