@@ -5,7 +5,8 @@ LINT_PATHS = sb3_ezv2/ tests/ benchmarks/ docs/conf.py setup.py sb3_ezv2_zoo_hoo
 # To work in an environment of your own instead, name its Python: make test PY=python
 PYTHON ?= python3
 VENV ?= .venv
-BUILD_INPUTS = pyproject.toml setup.cfg setup.py constraints.txt sb3_ezv2_zoo.pth $(wildcard sb3_ezv2/ctree/*.pyx sb3_ezv2/ctree/*.hpp)
+BUILD_INPUTS = pyproject.toml setup.cfg setup.py constraints.txt sb3_ezv2_zoo.pth \
+	$(wildcard sb3_ezv2/ctree/*.pyx sb3_ezv2/ctree/*.pxd sb3_ezv2/ctree/*.hpp)
 
 ifeq ($(origin PY), undefined)
 PY = $(VENV)/bin/python
@@ -21,6 +22,7 @@ PIP_INSTALL = PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=constraints.txt PIP
 help:
 	@echo "make demo            train EZV2 on CartPole-v1, evaluate, save and draw (under five minutes with the installation)"
 	@echo "make test            run the tests"
+	@echo "make sanitize        run the tests of the compiled parts with AddressSanitizer (gcc)"
 	@echo "make venv            only make the virtual environment, with all that tests and code checks need"
 	@echo "make format          sort imports and format with black"
 	@echo "make check-codestyle the same, without changing a file"
@@ -76,6 +78,9 @@ test: export JAX_PLATFORMS = cpu
 test: $(FOR_TESTS)
 	$(PY) -m pytest -q tests
 
+sanitize: $(FOR_TESTS)
+	PY="$(abspath $(PY))" tests/sanitize.sh
+
 mypy: $(FOR_TESTS)
 	$(PY) -m mypy $(LINT_PATHS)
 
@@ -108,6 +113,6 @@ dist: $(FOR_TESTS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -f sb3_ezv2/ctree/_tree*.so sb3_ezv2/ctree/_tree*.pyd
+	rm -f sb3_ezv2/ctree/_*.so sb3_ezv2/ctree/_*.pyd sb3_ezv2/ctree/_*.cpp
 
-.PHONY: help venv demo test mypy type lint format check-codestyle commit-checks docs dist clean
+.PHONY: help venv demo test sanitize mypy type lint format check-codestyle commit-checks docs dist clean

@@ -183,7 +183,9 @@ class GumbelSearch:
         """
         tree, device, settings = work.tree, states.device, self.settings
         num_roots = len(tree.parent)
+        # The tree writes into these; on the CPU they are read where they are
         parent, action, edge = (th.from_numpy(index) for index in (tree.parent, tree.action, tree.edge))
+        on_cpu = device.type == "cpu"
         leaf_states, leaf_actions = work.leaf_states[:num_roots], work.leaf_actions[:num_roots]
         pool = states.unflatten(0, (-1, num_roots)).unbind()  # of the nodes that each simulation makes, after the roots
         if actions is not None and noise is not None:
@@ -192,11 +194,11 @@ class GumbelSearch:
             inner_actions = actions[num_roots * self.num_root_actions :].view(shape).unbind()
         step: Step | None = None
         for simulation in range(settings.n_simulations):
-            th.index_select(states, 0, parent.to(device), out=leaf_states)
+            th.index_select(states, 0, parent if on_cpu else parent.to(device), out=leaf_states)
             if actions is None:
-                leaf_actions = action.to(device)
+                leaf_actions = action if on_cpu else action.to(device)
             else:
-                th.index_select(actions, 0, edge.to(device), out=leaf_actions)
+                th.index_select(actions, 0, edge if on_cpu else edge.to(device), out=leaf_actions)
             if step is None:
                 step = self._traced.step(leaf_states, leaf_actions)
             new_state, reward, value, policy = step(leaf_states, leaf_actions)

@@ -56,7 +56,11 @@ cdef extern from "mlp.hpp" namespace "ezv2" nogil:
 
 
 def sample_actions(
-    const float[:, ::1] params, const float[:, :, ::1] noise, float limit, float[:, ::1] scratch, float[:, ::1] out
+    const float[:, ::1] params not None,
+    const float[:, :, ::1] noise not None,
+    float limit,
+    float[:, ::1] scratch not None,
+    float[:, ::1] out not None,
 ) -> None:
     """
     Actions of squashed Gaussians, tanh(mu + sigma * noise), clipped; see :class:`sb3_ezv2.distributions.SquashedGaussian`.
@@ -216,13 +220,13 @@ cdef class Mlp:
                     break
         return same
 
-    def initial(self, const float[:, ::1] features) -> tuple:
+    def initial(self, const float[:, ::1] features not None) -> tuple:
         """
         :param features: float32 [B, F], before normalisation
         :return: float32 state [B, D], value [B], output of the policy head [B, n] or [B, 2A]
         """
         cdef int rows = <int>features.shape[0]
-        if features is None or rows < 1 or features.shape[1] != self.features:
+        if rows < 1 or features.shape[1] != self.features:
             raise ValueError(f"features must have the shape [B, {self.features}]")
         cdef float[:, ::1] state = np.empty((rows, self.state_dim), np.float32)
         cdef float[::1] value = np.empty(rows, np.float32)
@@ -232,7 +236,7 @@ cdef class Mlp:
         return np.asarray(state), np.asarray(value), np.asarray(policy)
 
     def search(
-        self, Tree tree, float[:, ::1] states, float[:, ::1] actions, const float[:, :, :, ::1] noise, float limit
+        self, Tree tree not None, float[:, ::1] states, float[:, ::1] actions, const float[:, :, :, ::1] noise, float limit
     ) -> None:
         """
         All simulations of B searches.
