@@ -64,17 +64,13 @@ def check_settings(settings: dict[str, Any]) -> None:
         "n_sampled_actions",
         "n_inner_actions",
         "acting_update_interval",
+        "target_update_interval",
     ):
         _check_integer(name, settings[name], 1)
     for name in ("learning_starts", "final_gradient_steps"):
         _check_integer(name, settings[name], 0)
     _check_integer("gradient_steps", settings["gradient_steps"], -1)
-    for name, least in (
-        ("td_steps_age", 1),
-        ("target_update_interval", 1),
-        ("mixed_value_start", 0),
-        ("fresh_transitions", 0),
-    ):
+    for name, least in (("td_steps_age", 1), ("mixed_value_start", 0), ("fresh_transitions", 0)):
         if settings[name] is not None:
             _check_integer(name, settings[name], least, " or None")
     if settings["td_steps_min"] > settings["td_steps"]:
