@@ -322,19 +322,17 @@ def test_warmup_and_schedule_of_the_learning_rate() -> None:
 
 
 def test_what_follows_the_length_of_the_run() -> None:
-    def plan(steps: int, **settings: Any) -> tuple[int, int, int, int]:
-        model = make("CartPole-v1", **{"target_update_interval": None, **settings})
+    def plan(steps: int, **settings: Any) -> tuple[int, int, int]:
+        model = make("CartPole-v1", **settings)
         model._setup_learn(steps)
         buffer, reanalyzer = model.replay_buffer, model._reanalyzer
         assert buffer is not None and reanalyzer is not None
-        targets = reanalyzer.mixed_value_start, reanalyzer.fresh_transitions
-        return buffer.td_steps_age, *targets, model._target_update_interval
+        return buffer.td_steps_age, reanalyzer.mixed_value_start, reanalyzer.fresh_transitions
 
-    assert plan(2_040) == (20, 200, 408, 40)  # 40 steps without updates
-    assert plan(2_040, gradient_steps=2) == (20, 400, 408, 80)
-    assert plan(100_040) == (1000, 10_000, 20_008, 400)
-    settings = dict(td_steps_age=7, mixed_value_start=0, fresh_transitions=0, target_update_interval=3)
-    assert plan(2_040, **settings) == (7, 0, 0, 3)
+    assert plan(2_040) == (20, 400, 408)  # 40 steps without updates
+    assert plan(2_040, gradient_steps=2) == (20, 800, 408)
+    assert plan(100_040) == (1000, 20_000, 20_008)
+    assert plan(2_040, td_steps_age=7, mixed_value_start=0, fresh_transitions=0) == (7, 0, 0)
 
 
 def test_vec_normalize_and_subprocesses() -> None:
