@@ -53,7 +53,7 @@ def memory(trials: int, steps: int, seed: int) -> dict[str, float]:
         sizes.append(resident_memory())
         return objective(self, trial)
 
-    ExperimentManager.objective = measured
+    ExperimentManager.objective = measured  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         arguments = f"{STUDY} --n-trials {trials} -n {steps} --n-evaluations 2 --seed {seed} --pruner none".split()
         sys.argv = ["train", *arguments, "-f", folder]
@@ -73,9 +73,9 @@ def startup(repeats: int) -> dict[str, float]:
     """Median time of ``python -c pass`` with the .pth file at work and switched off, taking turns, in milliseconds."""
     times: dict[str, list[float]] = {"": [], "1": []}
     for _ in range(repeats):
-        for off, seconds in times.items():
+        for switch, seconds in times.items():
             start = time.perf_counter()
-            subprocess.run([sys.executable, "-c", "pass"], env={**os.environ, "SB3_EZV2_NO_ZOO": off}, check=True)
+            subprocess.run([sys.executable, "-c", "pass"], env={**os.environ, "SB3_EZV2_NO_ZOO": switch}, check=True)
             seconds.append(time.perf_counter() - start)
     on, off = (1000 * statistics.median(seconds) for seconds in times.values())
     code = (

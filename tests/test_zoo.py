@@ -30,7 +30,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage
-from zoo_tools import choose_renderer, manager
+from zoo_tools import choose_renderer, load_study, manager
 
 from sb3_ezv2 import EZV2, zoo
 from sb3_ezv2.search_space import NETWORKS, convert_ezv2_params, sample_ezv2_params, study_hyperparams
@@ -188,8 +188,10 @@ def test_entry_runs(config: str, name: str, tmp_path: Path) -> None:
     model = setup[0]
     assert isinstance(model, EZV2)
     model.learn(2 * experiment.n_envs)
-    model.predict(model.get_env().reset(), deterministic=True)  # type: ignore[union-attr]
-    model.get_env().close()  # type: ignore[union-attr]
+    env = model.get_env()
+    assert env is not None
+    model.predict(env.reset(), deterministic=True)  # type: ignore[arg-type]
+    env.close()
 
 
 # ---------------------------------------------------------------------- environments
@@ -259,7 +261,7 @@ def rollout(env: VecEnv, seed: int = 0, steps: int = 40) -> list[np.ndarray]:
     env.seed(seed)
     env.action_space.seed(seed)
     obs = env.reset()
-    results = []
+    results: list[Any] = []
     for _ in range(steps):
         results.append(obs)
         obs, rewards, dones, _ = env.step(np.array([env.action_space.sample()]))
@@ -314,7 +316,7 @@ def test_atari_environment(env_id: str, tmp_path: Path) -> None:
     noops = ale.ale.getEpisodeFrameNumber()
     assert 1 <= noops <= 30
     for step in range(1, 31):
-        obs, _, _, _ = env.step(np.array([2]))
+        obs: Any = env.step(np.array([2]))[0]
         assert ale.ale.getEpisodeFrameNumber() == noops + 4 * step
     assert len(np.unique(obs[0].reshape(4, -1), axis=0)) == 4 and obs.dtype == np.uint8
 
@@ -351,7 +353,7 @@ def test_vision_environment(tmp_path: Path) -> None:
     assert env.observation_space == spaces.Box(0, 255, (12, 96, 96), np.uint8)
     env.reset()
     for _ in range(3):
-        obs, *_ = env.step(np.array([env.action_space.sample()]))
+        obs: Any = env.step(np.array([env.action_space.sample()]))[0]
     images = obs[0].reshape(4, 3, 96, 96)  # VecTransposeImage moves the stacked channels, newest last
     assert images.std() > 10 and not np.array_equal(images[-1], images[-2])
     assert env.get_attr("unwrapped")[0].physics.time() == pytest.approx(3 * 2 * 0.025)
@@ -503,8 +505,7 @@ def test_hyperparameters_of_a_trial(study_of: Callable[..., Any], tmp_path: Path
     storage = str(tmp_path / "study.log")
     settings = dict(storage=storage, study_name="s", n_trials=2, sampler="random", pruner="none", seed=0)
     study_of("CartPole-v1", **settings, no_optim_plots=True).hyperparameters_optimization()
-    backend = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
-    trials = optuna.load_study(study_name="s", storage=backend).trials
+    trials = load_study(Path(storage), "s").trials
     for trial in trials:  # also the one whose id is 0
         expected = convert_ezv2_params(trial.params)
         experiment = manager(tmp_path, "CartPole-v1", storage=storage, study_name="s", trial_id=trial.number)

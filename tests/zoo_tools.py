@@ -11,6 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import optuna
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -58,6 +60,13 @@ def run(*command: str, cwd: Path, fails: bool = False, **variables: str) -> str:
     )
     assert (result.returncode != 0) == fails, result.stdout
     return result.stdout
+
+
+def load_study(storage: Path, name: str) -> optuna.Study:
+    """:return: the study that RL Zoo has kept in a file"""
+    from optuna.storages.journal import JournalFileBackend
+
+    return optuna.load_study(study_name=name, storage=optuna.storages.JournalStorage(JournalFileBackend(str(storage))))
 
 
 def manager(folder: Path, env_id: str, **settings: Any) -> Any:
