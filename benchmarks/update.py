@@ -31,6 +31,8 @@ PAPER: dict[str, Any] = {
     "batch_size": 256,
     "td_steps": 5,
     "tau": 1.0,
+    "mixed_value_start": 40_000,
+    "fresh_transitions": 20_000,
     "policy_kwargs": {"value_support": (299.0, 51, "h"), "reward_support": (2.0, 51, "h"), "reward_scale": 1.0},
 }
 """What differs between the defaults and the paper's update (EfficientZero V2 Table 3, App. G)."""
