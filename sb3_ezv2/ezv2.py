@@ -32,7 +32,7 @@ from sb3_ezv2.validation import check_finite, check_memory, check_options, check
 TD_STEPS_AGE_FRACTION = 0.01
 """``td_steps_age`` of None, as a share of the planned steps."""
 
-MIXED_VALUE_START_FRACTION = 0.2
+MIXED_VALUE_START_FRACTION = 0.1
 """``mixed_value_start`` of None, as a share of the planned updates."""
 
 FRESH_TRANSITIONS_FRACTION = 0.2
@@ -72,7 +72,7 @@ class EZV2(OffPolicyAlgorithm):
     :param c_visit: of sigma, Eq. 19
     :param c_scale: of sigma, Eq. 19
     :param value_target: ``"mixed"`` (Eq. 16), or its parts alone: ``"td"`` (n-step) or ``"search"`` (search-based values)
-    :param mixed_value_start: updates before search-based values are used (T1 of Eq. 16); None: 20% of the planned ones
+    :param mixed_value_start: updates before search-based values are used (T1 of Eq. 16); None: 10% of the planned ones
     :param fresh_transitions: newest transitions that keep n-step values (T2 of Eq. 16); None: 20% of the planned steps
     :param acting_update_interval: updates between two refreshes of the network that collects data
     :param target_update_interval: updates between two refreshes of the network that reanalyzes

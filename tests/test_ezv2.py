@@ -329,9 +329,9 @@ def test_what_follows_the_length_of_the_run() -> None:
         assert buffer is not None and reanalyzer is not None
         return buffer.td_steps_age, reanalyzer.mixed_value_start, reanalyzer.fresh_transitions
 
-    assert plan(2_040) == (20, 400, 408)  # 40 steps without updates
-    assert plan(2_040, gradient_steps=2) == (20, 800, 408)
-    assert plan(100_040) == (1000, 20_000, 20_008)
+    assert plan(2_040) == (20, 200, 408)  # 40 steps without updates
+    assert plan(2_040, gradient_steps=2) == (20, 400, 408)
+    assert plan(100_040) == (1000, 10_000, 20_008)
     assert plan(2_040, td_steps_age=7, mixed_value_start=0, fresh_transitions=0) == (7, 0, 0)
 
 
