@@ -42,7 +42,7 @@ class Ezv2Policy(BasePolicy):
     :param reward_scale: what the supports' units are worth. ``"auto"``: the root mean square of the rewards collected
         before the first update, so that rewards of any scale are learned alike. The paper's supports are in raw units: 1.0
     :param search_dtype: ``"bfloat16"``: the matrix products of large searches are in bfloat16, where the processor has it;
-        about twice as fast, its effect on learning is not known
+        its effect on learning is not known
     :param features_extractor_class: Features extractor to use
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
