@@ -10,8 +10,8 @@ floats that depends on every action, so that no compiler can drop it; "state" is
 dimensions, 3 blocks). mctx has no sampled actions: there it searches as many discrete ones at every node.
 
 Times are medians in milliseconds of whole searches, from observations to actions and improved policies, this
-implementation's and mctx's in turn, five in a row. ``tree_ms`` is the tree alone, ``network_ms`` (not in the JSON) what the model took of
-``ours_ms``. With one thread the process is bound to one core, JAX included.
+implementation's and mctx's in turn, five in a row. ``tree_ms`` is the tree alone, ``network_ms`` (not in the JSON) what the
+model took of ``ours_ms``. With one thread the process is bound to one core, JAX included.
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ def tree_search(size: Size) -> Callable[[], None]:
     return run
 
 
-def our_search(size: Size, model: Any, bfloat16: bool, clock: Callable[[], float] = time.perf_counter) -> tuple[Callable[[], None], list[float], GumbelSearch]:
+def our_search(
+    size: Size, model: Any, bfloat16: bool, clock: Callable[[], float] = time.perf_counter
+) -> tuple[Callable[[], None], list[float], GumbelSearch]:
     """:return: a search, a list of which the last entry becomes the seconds spent in the traced model, the searcher"""
     settings = SearchSettings(size.simulations, size.considered if size.discrete else size.actions, size.inner_actions)
     search = GumbelSearch(model, settings, bfloat16=bfloat16)
@@ -254,7 +256,8 @@ COLUMNS = ("roots", "simulations", "actions", "inner_actions", "threads", "model
 def describe(row: dict[str, Any]) -> str:
     """One line for people."""
     size = " x ".join(str(row[name]) for name in ("roots", "simulations", "actions"))
-    text = f"{row['model']:5} {size:15} inner {row['inner_actions']:2}  ours {row['ours_ms']:9.3f} ms  tree {row['tree_ms']:7.3f} ms"
+    text = f"{row['model']:5} {size:15} inner {row['inner_actions']:2}"
+    text += f"  ours {row['ours_ms']:9.3f} ms  tree {row['tree_ms']:7.3f} ms"
     if row["mctx_ms"] is not None:
         text += f"  mctx {row['mctx_ms']:9.3f} ms  ours/mctx {row['ours_ms'] / row['mctx_ms']:5.2f}"
     if row["network_ms"] > 0:
@@ -272,7 +275,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bfloat16", action="store_true", help="see GumbelSearch")
     parser.add_argument("--no-mctx", action="store_true")
     parser.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time of the process, for machines that are not quiet"
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor time of the process, for machines that are not quiet",
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="for each row")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
@@ -306,7 +312,8 @@ def main(arguments: list[str] | None = None) -> int:
                     more = {"clock": options.clock, "bfloat16": options.bfloat16, "machine": machine(), "commit": commit()}
                     file.write(json.dumps({**row, **more}) + "\n")
     if not options.json:
-        print(f"peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB; {machine()}; {commit()}")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"peak memory of the process {peak:.0f} MB; {machine()}; {commit()}")
     return 0
 
 

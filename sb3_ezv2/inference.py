@@ -222,7 +222,8 @@ class NativeModel:
             self._watch = _Watch(parts)
             self._watch._entries += [(model._modules, name, x, 0) for name, x in model._modules.items()]
             weights = export_weights(model)
-            self._mlp = None if weights is None else Mlp(weights, model.discrete, [_array(x) for x in _tensors(parts)])
+            sources = [_array(x) for x in _tensors(parts)]
+            self._mlp = None if weights is None else Mlp(weights, model.discrete, sources)
         return self._mlp
 
 
@@ -234,8 +235,8 @@ class _NotStockError(Exception):
 def export_weights(model: Ezv2Network) -> dict[str, Any] | None:
     """
     :param model: in evaluation mode
-    :return: the weights as :class:`sb3_ezv2.ctree.Mlp` takes them, batch norm folded: float32 arrays by the names of the parts;
-        None if a part of the model is not what :mod:`sb3_ezv2.networks` builds for states, in float32 on the CPU
+    :return: the weights as :class:`sb3_ezv2.ctree.Mlp` takes them, batch norm folded: float32 arrays by the names of
+        the parts; None if a part of the model is not what :mod:`sb3_ezv2.networks` builds for states, in float32 on the CPU
     """
     parts = _searched_parts(model)
     for x in _tensors(parts):

@@ -81,7 +81,8 @@ class GumbelSearch:
     :param model: see :class:`sb3_ezv2.inference.SearchModel`; its weights may change between searches
     :param settings: see :class:`SearchSettings`
     :param max_roots: larger batches are searched in pieces of this size, which bounds the memory
-    :param bfloat16: matrix products of batches of more than :data:`NATIVE_MAX_ROOTS` roots in bfloat16, on processors that have it
+    :param bfloat16: matrix products of batches of more than :data:`NATIVE_MAX_ROOTS` roots in bfloat16, on processors
+        that have it
     """
 
     def __init__(self, model: SearchModel, settings: SearchSettings, max_roots: int = 2048, bfloat16: bool = False):
@@ -171,9 +172,7 @@ class GumbelSearch:
             depth=th.from_numpy(tree.depth()).to(device),
         )
 
-    def _simulate(
-        self, work: _Workspace, states: th.Tensor, actions: th.Tensor | None, noise: th.Tensor | None
-    ) -> None:
+    def _simulate(self, work: _Workspace, states: th.Tensor, actions: th.Tensor | None, noise: th.Tensor | None) -> None:
         """
         All simulations of B searches, in a tree that has selected the first edges.
 

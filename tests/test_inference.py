@@ -6,6 +6,7 @@ weights of now.
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -257,7 +258,9 @@ def test_only_what_networks_builds_is_exported(monkeypatch: pytest.MonkeyPatch) 
         found, expected = both(network, monkeypatch)
         th.testing.assert_close(found.value, expected.value)
     space = spaces.Box(-np.inf, np.inf, (4,))
-    other = OtherNetwork(space, BOX, FlattenExtractor(space), [8], 8, 1, 4, 8, SupportSpec(9.0, 5, "h"), SupportSpec(9.0, 5, "h"))
+    other = OtherNetwork(
+        space, BOX, FlattenExtractor(space), [8], 8, 1, 4, 8, SupportSpec(9.0, 5, "h"), SupportSpec(9.0, 5, "h")
+    )
     assert NativeModel(other.eval()).get() is None
     assert NativeModel(make_network().double()).get() is None  # type: ignore[arg-type]
 
@@ -388,7 +391,7 @@ def test_an_agent_predicts_with_the_weights_of_now() -> None:
     assert th.equal(values(model), seen[-1])
     model.learn(10, reset_num_timesteps=False)
     seen.append(values(model))
-    for one, two in zip(seen, seen[1:]):
+    for one, two in itertools.pairwise(seen):
         assert not th.equal(one, two)
     for clone in (copy.deepcopy(model.policy), pickle.loads(pickle.dumps(model.policy))):
         obs = th.zeros(2, 3)
@@ -518,4 +521,6 @@ def test_bad_features_and_weights_are_refused() -> None:
         with pytest.raises(KeyError):
             Mlp({key: x for key, x in weights.items() if key != name}, False, [])
     with pytest.raises(ValueError):
-        sample_actions(*(np.zeros(shape, np.float32) for shape in [(2, 4), (2, 3, 2)]), 0.999, *[np.zeros((2, 4), np.float32)] * 2)
+        sample_actions(
+            *(np.zeros(shape, np.float32) for shape in [(2, 4), (2, 3, 2)]), 0.999, *[np.zeros((2, 4), np.float32)] * 2
+        )

@@ -162,7 +162,7 @@ public:
     void reset(int num_roots, const float* root_value, const float* logits, const float* gumbel) {
         B = num_roots;
         simulation = 0;
-        parallel([=](int b, double*) {
+        parallel([=](int b, int, double*) {
             const size_t edge = size_t(b) * K;
             Node& root = nodes_[size_t(b) * (S + 1)];
             root = Node{};
@@ -185,19 +185,20 @@ public:
     // action: index among the parent's candidates. edge: row of a flat pool of candidates, the B * K of the roots
     // first, then M for each inner node in the order of the state pool.
     void select(int64_t* parent, int64_t* action, int64_t* edge) {
-        parallel([=](int b, double* scratch) { select_one(b, simulation, scratch, parent, action, edge); });
+        parallel([=](int b, int, double* scratch) { select_one(b, simulation, scratch, parent, action, edge); });
     }
 
     // Adds the selected edges' children and backs their values up. logits == nullptr: equal priors.
     void backup(const float* reward, const float* value, const float* logits) {
-        parallel([=](int b, double* scratch) { backup_one(b, reward, value, logits, scratch); });
+        parallel([=](int b, int, double*) { backup_one(b, reward, value, logits); });
         ++simulation;
     }
 
     // backup() and the select() of the next simulation, in one walk over the roots.
     void step(const float* reward, const float* value, const float* logits, int64_t* parent, int64_t* action, int64_t* edge) {
-        parallel([=](int b, double* scratch) {
-            backup_one(b, reward, value, logits, scratch);
+        parallel([=](int b, int end, double* scratch) {
+            prefetch(b, end);
+            backup_one(b, reward, value, logits);
             select_one(b, simulation + 1, scratch, parent, action, edge);
         });
         ++simulation;
@@ -254,6 +255,32 @@ private:
         int32_t leaf_slot = 0, leaf_action = 0;  // the edge selected last
         int32_t most_visits = 0;                 // of the root's actions
     };
+
+    // Between two calls the model has used the caches for itself: what the roots ahead will need is asked for in time.
+    void prefetch(int b, int end) const {
+#if defined(__GNUC__)
+        if (const int next = b + 3; next < end) {  // its record was asked for at b - 3
+            __builtin_prefetch(&nodes_[size_t(next) * (S + 1) + roots_[next].leaf_slot]);
+        }
+        if (const int ahead = b + 6; ahead < end) {
+            const size_t node = size_t(ahead) * (S + 1), edge = size_t(ahead) * K;
+            __builtin_prefetch(&roots_[ahead]);
+            __builtin_prefetch(&nodes_[node]);
+            __builtin_prefetch(&nodes_[node + simulation + 1], 1);
+            __builtin_prefetch(&open_[(size_t(ahead) * S + simulation) * M], 1);
+            for (int a = 0; a < K; a += 16) {
+                __builtin_prefetch(&root_visits_[edge + a]);
+                __builtin_prefetch(&root_child_[edge + a]);
+                __builtin_prefetch(&root_score_[edge + a]);
+                __builtin_prefetch(&root_q_[edge + a]);
+                __builtin_prefetch(&root_q_[edge + std::min(a + 8, K - 1)]);
+            }
+        }
+#else
+        (void)b;
+        (void)end;
+#endif
+    }
 
     // sigma(q) = scale * (q - q_min). Only differences of sigmas count, in every softmax and every argmax.
     double sigma_scale(int b, int32_t most_visits) const {
@@ -365,7 +392,7 @@ private:
         edge[b] = slot == 0 ? int64_t(b) * K + a : int64_t(B) * K + ((int64_t(slot) - 1) * B + b) * M + a;
     }
 
-    void backup_one(int b, const float* reward, const float* value, const float* logits, double* scratch) {
+    void backup_one(int b, const float* reward, const float* value, const float* logits) {
         const int32_t slot = simulation + 1;
         Node* nodes = &nodes_[size_t(b) * (S + 1)];
         Root& root = roots_[b];
@@ -397,7 +424,6 @@ private:
             parents_open[leaf.action] = 0.0f;
             find_next(parent, parents_open);
         }
-        (void)scratch;
 
         double ret = value[b];
         int32_t node = slot;
@@ -452,7 +478,7 @@ private:
         if (scratch_.size() < threads * width) scratch_.resize(threads * width);
         auto run = [&](int part) {
             const int begin = int(int64_t(B) * part / threads), end = int(int64_t(B) * (part + 1) / threads);
-            for (int b = begin; b < end; ++b) function(b, &scratch_[part * width]);
+            for (int b = begin; b < end; ++b) function(b, end, &scratch_[part * width]);
         };
         // Threads are started per call: no pool that a fork would leave without its threads, and no second OpenMP
         // runtime beside the one of torch.
