@@ -188,10 +188,9 @@ def test_entry_runs(config: str, name: str, tmp_path: Path) -> None:
     model = setup[0]
     assert isinstance(model, EZV2)
     model.learn(2 * experiment.n_envs)
-    env = model.get_env()
-    assert env is not None
-    model.predict(env.reset(), deterministic=True)  # type: ignore[arg-type]
-    env.close()
+    vec_env: Any = model.get_env()
+    model.predict(vec_env.reset(), deterministic=True)
+    vec_env.close()
 
 
 # ---------------------------------------------------------------------- environments
