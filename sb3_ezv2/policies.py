@@ -46,8 +46,8 @@ class Ezv2Policy(BasePolicy):
     :param value_prefix: predict sums of rewards in windows of :data:`PREFIX_WINDOW` steps by an LSTM (EfficientZero 4.2)
         instead of rewards
     :param lstm_dim: width of that LSTM
-    :param search_dtype: ``"bfloat16"``: matrix products of large searches in bfloat16, where the processor has it; about
-        twice as fast, its effect on learning is not known
+    :param search_dtype: ``"bfloat16"``: matrix products of large searches in bfloat16, where the processor has it;
+        its effect on learning is not known
     :param features_extractor_class: Features extractor to use
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
@@ -230,8 +230,8 @@ class MlpPolicy(Ezv2Policy):
         before the first update, so that rewards of any scale are learned alike. The paper's supports are in raw units: 1.0
     :param value_prefix: predict sums of rewards in windows of 5 steps by an LSTM (EfficientZero 4.2) instead of rewards
     :param lstm_dim: width of that LSTM (EfficientZero App. A.1: 512)
-    :param search_dtype: ``"bfloat16"``: matrix products of large searches in bfloat16, where the processor has it; about
-        twice as fast, its effect on learning is not known
+    :param search_dtype: ``"bfloat16"``: matrix products of large searches in bfloat16, where the processor has it;
+        its effect on learning is not known
     :param features_extractor_class: Features extractor to use
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
@@ -335,8 +335,8 @@ class CnnPolicy(Ezv2Policy):
         before the first update, so that rewards of any scale are learned alike. The paper's supports are in raw units: 1.0
     :param value_prefix: predict sums of rewards in windows of 5 steps by an LSTM (EfficientZero 4.2) instead of rewards
     :param lstm_dim: width of that LSTM (App. A.1: 512)
-    :param search_dtype: ``"bfloat16"``: matrix products of large searches in bfloat16, where the processor has it; about
-        twice as fast, its effect on learning is not known
+    :param search_dtype: ``"bfloat16"``: matrix products of large searches in bfloat16, where the processor has it;
+        its effect on learning is not known
     :param random_shift: largest shift of a training image in pixels; 0: none
     :param random_intensity: standard deviation of the factor of a training image's intensity; 0: none
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
