@@ -8,3 +8,11 @@ from typing import Any
 
 #: Smaller networks and batches than the paper's, the same for every state task, so that a run takes minutes on two cores.
 SMALL: dict[str, Any] = {"batch_size": 64, "policy_kwargs": {"net_arch": [128], "n_blocks": 1, "projection_dim": 128}}
+
+#: The same for images of about a hundred pixels a side.
+SMALL_IMAGES: dict[str, Any] = {
+    "batch_size": 16,
+    "n_simulations": 8,
+    "learning_rate": 1e-3,
+    "policy_kwargs": {"channels": 16, "net_arch": [128], "projection_dim": 128},
+}
