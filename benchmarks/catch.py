@@ -16,7 +16,8 @@ from gymnasium import spaces
 
 class CatchPixels(gym.Env[np.ndarray, int]):
     """
-    Balls fall one after another, one row per step, each from a random column. The paddle in the bottom row must be where they land.
+    Balls fall one after another, one row per step, each from a random column. The paddle in the bottom row must be where they
+    land.
 
     - Action: 0 left, 1 stay, 2 right; by one column.
     - Observation: uint8 [40, 40, 1], 8x8 cells of 4x4 pixels with a border of 4, ball and paddle white on black.

@@ -59,7 +59,7 @@ def count(batch_size: int, planes: int = 12, size: int = 96) -> dict[str, float]
     :return: peaks in GB, by part
     """
     space = spaces.Box(0, 255, (planes, size, size), np.uint8)
-    support = (300.0, 601, "h")
+    support = (58705.58, 601, "h")
     roots = batch_size * (UNROLL + 1)
     with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
 

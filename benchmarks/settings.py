@@ -13,3 +13,11 @@ SMALL: dict[str, Any] = {
     "gradient_steps": 2,
     "policy_kwargs": {"net_arch": [128], "n_blocks": 1, "projection_dim": 128},
 }
+
+#: The same for images of about a hundred pixels a side.
+SMALL_IMAGES: dict[str, Any] = {
+    "batch_size": 16,
+    "n_simulations": 8,
+    "learning_rate": 1e-3,
+    "policy_kwargs": {"channels": 16, "net_arch": [128], "projection_dim": 128},
+}

@@ -41,9 +41,7 @@ def random_intensity(images: th.Tensor, scale: float, rng: np.random.Generator) 
     return images * th.from_numpy(1 + np.float32(scale) * noise).to(images.device)
 
 
-def augment(
-    obs: PyTorchObs, space: spaces.Space, pixels: int, intensity: float, rng: np.random.Generator
-) -> PyTorchObs:
+def augment(obs: PyTorchObs, space: spaces.Space, pixels: int, intensity: float, rng: np.random.Generator) -> PyTorchObs:
     """
     Each observation gets a shift and an intensity of its own, so that the two branches of the consistency loss see two
     views; vectors stay as they are.

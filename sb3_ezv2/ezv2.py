@@ -27,7 +27,15 @@ from sb3_ezv2.policies import PREFIX_WINDOW, CnnPolicy, Ezv2Policy, MlpPolicy, M
 from sb3_ezv2.reanalyze import Reanalyzer
 from sb3_ezv2.replay_buffer import RUNNING, SequenceReplayBuffer
 from sb3_ezv2.search import SearchResult, SearchSettings
-from sb3_ezv2.validation import check_finite, check_memory, check_options, check_settings, check_spaces
+from sb3_ezv2.validation import (
+    check_finite,
+    check_memory,
+    check_options,
+    check_settings,
+    check_spaces,
+    check_transition,
+    explain_spaces,
+)
 
 TD_STEPS_AGE_FRACTION = 0.01
 """``td_steps_age`` of None, as a share of the planned steps."""
@@ -319,12 +327,7 @@ class EZV2(OffPolicyAlgorithm):
         try:
             return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         except ValueError as error:
-            if "Observation spaces do not match" not in str(error):
-                raise
-            raise ValueError(
-                f"{error} (agent's, environment's). Where images differ in their channels alone, wrap the environment in "
-                "VecFrameStack with as many frames as the agent was trained with."
-            ) from error
+            raise explain_spaces(error) from None
 
     def save(
         self,
@@ -379,7 +382,7 @@ class EZV2(OffPolicyAlgorithm):
         total_timesteps, callback = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
-        apply(lambda x: check_finite("first observation", x, self.num_timesteps), self._last_obs)
+        check_finite("first observation", self._last_obs, self.num_timesteps)
         return total_timesteps, callback
 
     def _plan(self, planned_steps: int) -> None:
@@ -496,12 +499,7 @@ class EZV2(OffPolicyAlgorithm):
         infos: list[dict[str, Any]],
     ) -> None:
         assert isinstance(replay_buffer, SequenceReplayBuffer)
-        apply(lambda x: check_finite("observation", x, self.num_timesteps), new_obs)
-        check_finite("reward", reward, self.num_timesteps)
-        for index in np.flatnonzero(dones):
-            final = infos[index].get("terminal_observation")
-            if final is not None:
-                apply(lambda x: check_finite("final observation", np.asarray(x)[None], self.num_timesteps), final)
+        check_transition(new_obs, reward, dones, infos, self.num_timesteps)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         if self._last_search is not None and self._acting_is_as_new_as_target():
             assert self._reanalyzer is not None
@@ -570,7 +568,7 @@ class EZV2(OffPolicyAlgorithm):
 
         batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
         targets, stats = self._reanalyzer.targets(batch, self._n_updates, self._generators["reanalyze"])
-        network.update_statistics(apply(lambda x: x[batch.observed], batch.observations))
+        network.update_statistics(batch.observations, batch.observed)
         batch = batch._replace(observations=policy.augment(batch.observations, self._generators["augmentation"]))
         losses = compute_losses(
             network,

@@ -99,8 +99,9 @@ class ObservationStore:
         for key in self.stacked:
             if not np.array_equal(self._read_stack(key, slots), values[key]):
                 raise ValueError(
-                    f"the {self.frame_stack} frames of an observation are not those of the observations before it: they cannot "
-                    "be stored once. Give replay_buffer_kwargs=dict(frame_stack=1), or stack the frames last of all wrappers."
+                    f"the {self.frame_stack} frames of an observation are not those of the observations before it: they "
+                    "cannot be stored once. Give replay_buffer_kwargs=dict(frame_stack=1), or stack the frames last of all "
+                    "wrappers."
                 )
 
     def read(self, slots: np.ndarray, device: th.device, env: VecNormalize | None = None) -> Any:

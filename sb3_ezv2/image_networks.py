@@ -1,8 +1,8 @@
 """
 The model for images (EfficientZero App. A.1 with the action embedding of EfficientZero V2), alone or beside vectors.
 
-All convolutions are 3x3 unless they say otherwise. Shapes: B rows, C = ``channels`` planes of a state, h x w its grid, A action
-dimensions (number of actions where they are discrete).
+All convolutions are 3x3 unless they say otherwise. Shapes: B rows, C = ``channels`` planes of a state, h x w its grid, A
+action dimensions (number of actions where they are discrete).
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from sb3_ezv2.networks import BaseNetwork, Head, PrefixHead, RunningNorm, projec
 
 def conv3x3(planes_in: int, planes_out: int, stride: int = 1) -> nn.Conv2d:
     """Without bias, since a norm follows. :param stride: 2 halves the resolution, rounded up"""
-    return nn.Conv2d(planes_in, planes_out, 3, stride, padding=1, bias=False)
+    conv = nn.Conv2d(planes_in, planes_out, 3, stride, padding=1, bias=False)
+    # A quarter faster on a CPU with the planes of a pixel side by side, as tensor cores like them, too
+    conv.weight = nn.Parameter(conv.weight.detach().contiguous(memory_format=th.channels_last))
+    return conv
 
 
 class ConvBlock(nn.Module):
@@ -199,7 +202,12 @@ class ImageNetwork(BaseNetwork):
         features = head_channels * height * width
 
         def trunk(blocks: int) -> nn.Sequential:
-            reduce = [nn.Conv2d(channels, head_channels, 1, bias=False), nn.BatchNorm2d(head_channels), nn.ReLU(), nn.Flatten()]
+            reduce = [
+                nn.Conv2d(channels, head_channels, 1, bias=False),
+                nn.BatchNorm2d(head_channels),
+                nn.ReLU(),
+                nn.Flatten(),
+            ]
             return nn.Sequential(*[ConvBlock(channels, channels) for _ in range(blocks)], *reduce)
 
         self.value_head = Head(trunk(1), features, net_arch, self.value_support.size)
@@ -211,8 +219,6 @@ class ImageNetwork(BaseNetwork):
         state_dim = channels * height * width
         self.projection = projection_mlp(state_dim, projection_dim, projection_dim, 2 * projection_dim)
         self.projection_predictor = projection_mlp(2 * projection_dim, projection_dim, 2 * projection_dim)
-        # Convolutions are a quarter faster with the planes of a pixel side by side, on a CPU and on tensor cores
-        self.to(memory_format=th.channels_last)  # type: ignore[call-overload]
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -227,7 +233,10 @@ class ImageNetwork(BaseNetwork):
     def represent(self, obs: PyTorchObs) -> th.Tensor:
         return self.representation(self.preprocess(obs))
 
-    def update_statistics(self, obs: PyTorchObs) -> None:
-        if self.representation.vector_keys:
+    def update_statistics(self, obs: PyTorchObs, observed: th.Tensor) -> None:
+        keys = self.representation.vector_keys
+        if keys:
+            assert isinstance(obs, dict)
             with th.no_grad():
-                self.representation.normalizer.update(self.representation.features(self.preprocess(obs)))
+                vectors = self.preprocess({key: obs[key][observed] for key in keys})
+                self.representation.normalizer.update(self.representation.features(vectors))

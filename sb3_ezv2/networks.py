@@ -8,6 +8,7 @@ dimensions (number of actions where they are discrete), U unroll steps.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_ezv2.distributions import CategoricalSupport, SupportSpec
+from sb3_ezv2.observations import apply
 
 
 class RunningNorm(nn.Module):
@@ -89,7 +91,7 @@ def batch_norm_mlp(width: int, net_arch: Sequence[int], out: int) -> nn.Sequenti
 def projection_mlp(*widths: int) -> nn.Sequential:
     """An MLP with batch norm between every two layers (SimSiam). :param widths: from the input to the output"""
     layers: list[nn.Module] = []
-    for width_in, width_out in zip(widths, widths[1:-1]):
+    for width_in, width_out in itertools.pairwise(widths[:-1]):
         layers += [nn.Linear(width_in, width_out), nn.BatchNorm1d(width_out), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
 
@@ -223,11 +225,12 @@ class BaseNetwork(nn.Module):
         """H. :param obs: [B, ...] as the environment gives them :return: states [B, ...]"""
         raise NotImplementedError
 
-    def update_statistics(self, obs: PyTorchObs) -> None:
+    def update_statistics(self, obs: PyTorchObs, observed: th.Tensor) -> None:
         """
         Take a training batch into what observations are normalised by.
 
-        :param obs: [B, ...] as the environment gives them
+        :param obs: [B, U + 1, ...] as the environment gives them
+        :param observed: bool [B, U + 1], those that count
         """
         raise NotImplementedError
 
@@ -380,9 +383,7 @@ class Ezv2Network(BaseNetwork):
 
         self.value_head = Head(trunk(), state_dim, net_arch, self.value_support.size)
         if prefix_window > 0:
-            self.reward_head = PrefixHead(
-                trunk(), state_dim, lstm_dim, prefix_window, net_arch, self.reward_support.size
-            )
+            self.reward_head = PrefixHead(trunk(), state_dim, lstm_dim, prefix_window, net_arch, self.reward_support.size)
         else:
             self.reward_head = Head(trunk(), state_dim, net_arch, self.reward_support.size)
         self.policy_head = Head(trunk(), state_dim, net_arch, self.policy_outputs)
@@ -400,6 +401,6 @@ class Ezv2Network(BaseNetwork):
     def represent(self, obs: PyTorchObs) -> th.Tensor:
         return self.representation(self.normalizer(self.features(obs)))
 
-    def update_statistics(self, obs: PyTorchObs) -> None:
+    def update_statistics(self, obs: PyTorchObs, observed: th.Tensor) -> None:
         with th.no_grad():
-            self.normalizer.update(self.features(obs))
+            self.normalizer.update(self.features(apply(lambda x: x[observed], obs)))

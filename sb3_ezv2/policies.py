@@ -30,8 +30,8 @@ class Ezv2Policy(BasePolicy):
     """
     Base of EZV2's policies, which act by a search with the model that they hold.
 
-    A policy owns four copies of the model: ``network`` is trained and serves :meth:`predict`; ``acting_network`` collects data;
-    ``target_network`` reanalyzes; ``bootstrap_network`` follows ``network`` slowly and ends the n-step windows.
+    A policy owns four copies of the model: ``network`` is trained and serves :meth:`predict`; ``acting_network`` collects
+    data; ``target_network`` reanalyzes; ``bootstrap_network`` follows ``network`` slowly and ends the n-step windows.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -288,6 +288,11 @@ class MlpPolicy(Ezv2Policy):
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
         )
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        if isinstance(self.observation_space, spaces.Dict):
+            raise ValueError("MlpPolicy is not for Dict observations: take MultiInputPolicy, or flatten them.")
 
     def _make_network(self) -> BaseNetwork:
         return Ezv2Network(

@@ -10,6 +10,8 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
+from sb3_ezv2.observations import apply
+
 UNSUPPORTED_OPTIONS = {
     "action_noise": "EZV2 explores by the noise of its search, so action_noise does not apply: remove it.",
     "use_sde": "EZV2 explores by the noise of its search, so gSDE (use_sde) does not apply: remove it.",
@@ -46,8 +48,8 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
     for space in members:
         if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)):
             raise ValueError(
-                f"EZV2 supports Box, Discrete, MultiBinary and MultiDiscrete observation spaces and Dicts of them, not {space}: "
-                "flatten it with gymnasium.wrappers.FlattenObservation."
+                "EZV2 supports Box, Discrete, MultiBinary and MultiDiscrete observation spaces and Dicts of them, not "
+                f"{space}: flatten it with gymnasium.wrappers.FlattenObservation."
             )
         if isinstance(space, spaces.MultiDiscrete) and len(space.shape) > 1:
             raise ValueError(f"MultiDiscrete observations must have one dimension, not the shape {space.shape}.")
@@ -88,23 +90,24 @@ def _check_image(name: str, space: spaces.Box, n_downsamples: int) -> None:
             "gymnasium.wrappers.GrayscaleObservation(env, keep_dim=True)."
         )
     if len(shape) != 3:
-        raise ValueError(f"CnnPolicy is for images of three dimensions, not for the {name} of shape {shape}: take MlpPolicy.")
+        raise ValueError(f"CnnPolicy is for images of three dimensions, not the {name} of shape {shape}: take MlpPolicy.")
     if space.dtype != np.uint8 or not is_image_space(space):
         raise ValueError(
             f"images must be of dtype uint8 with bounds 0 and 255, but the {name} is {space.dtype} in "
-            f"[{space.low.min()}, {space.high.max()}]: let the environment give bytes, they are divided by 255 in the network."
+            f"[{space.low.min()}, {space.high.max()}]: let the environment give bytes, the network divides them by 255."
         )
     channels, height, width = shape
     if channels > min(height, width):
         raise ValueError(
-            f"the {name} looks like {channels} channels of {height}x{width} pixels: the channels must be the first axis or the "
-            "last, and fewer than the pixels of the others."
+            f"the {name} looks like {channels} channels of {height}x{width} pixels: the channels must be the first axis or "
+            "the last, and fewer than the pixels of the others."
         )
     least = 2**n_downsamples + 1
     if min(height, width) < least:
+        works = max(1, int(math.log2(max(2, min(height, width) - 1))))
         raise ValueError(
-            f"the {name} of {height}x{width} pixels is too small for {n_downsamples} halvings, which need {least}x{least}: give "
-            f"policy_kwargs=dict(n_downsamples={max(1, int(math.log2(max(2, min(height, width) - 1))))}) or larger images."
+            f"the {name} of {height}x{width} pixels is too small for {n_downsamples} halvings, which need {least}x{least}: "
+            f"give policy_kwargs=dict(n_downsamples={works}) or larger images."
         )
 
 
@@ -123,7 +126,7 @@ def check_memory(nbytes: int, buffer_size: int) -> None:
 
 
 def free_memory() -> int | None:
-    """:return: bytes that this process can still allocate, by the kernel and by its control group; None where that is unknown"""
+    """:return: bytes that this process can still allocate, by the kernel and its control group; None where that is unknown"""
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = 1024 * int(fields["MemAvailable"].split()[0])
@@ -132,8 +135,10 @@ def free_memory() -> int | None:
     try:
         group = Path("/sys/fs/cgroup")
         limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        return free if limit == "max" else min(free, int(limit) - int(used))
-    except (OSError, ValueError):
+        # what the group's files take in the cache is given up when memory is needed
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["file"]
+        return free if limit == "max" else min(free, int(limit) - int(used) + int(cached))
+    except (OSError, KeyError, ValueError):
         return free
 
 
@@ -216,14 +221,43 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}.")
 
 
-def check_finite(what: str, array: np.ndarray, step: int) -> None:
+def check_finite(what: str, value: Any, step: int, first_env: int = 0) -> None:
     """
-    :param what: name of the array in the message
-    :param array: [n_envs, ...]
+    :param what: name of the value in the message
+    :param value: [n_envs, ...], or a dictionary of such arrays
     :param step: environment steps so far
+    :param first_env: number of the first environment
     :raises ValueError: an entry is NaN or infinite
     """
-    if not np.issubdtype(array.dtype, np.floating) or np.isfinite(array).all():
-        return
-    env = int(np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))[0])
-    raise ValueError(f"step {step}: the {what} of environment {env} has NaN or infinite values: {array[env]}")
+    for array in value.values() if isinstance(value, dict) else [value]:
+        if not np.issubdtype(array.dtype, np.floating) or np.isfinite(array).all():
+            continue
+        env = int(np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))[0])
+        raise ValueError(f"step {step}: the {what} of environment {first_env + env} has NaN or infinite values: {array[env]}")
+
+
+def check_transition(obs: Any, reward: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]], step: int) -> None:
+    """
+    :param obs: the next observations, [n_envs, ...] or a dictionary of such arrays
+    :param reward: [n_envs]
+    :param dones: bool [n_envs]
+    :param infos: with the final observations of episodes that have ended
+    :param step: environment steps so far
+    :raises ValueError: an entry of any of them is NaN or infinite
+    """
+    check_finite("observation", obs, step)
+    check_finite("reward", reward, step)
+    for env in np.flatnonzero(dones):
+        final = infos[env].get("terminal_observation")
+        if final is not None:
+            check_finite("final observation", apply(lambda x: np.asarray(x)[None], final), step, int(env))
+
+
+def explain_spaces(error: ValueError) -> ValueError:
+    """:param error: SB3's when it loads an agent :return: the same, with what to do if it is about observations"""
+    if "Observation spaces do not match" not in str(error):
+        return error
+    return ValueError(
+        f"{error} (agent's, environment's). Where images differ in their channels alone, wrap the environment in "
+        "VecFrameStack with as many frames as the agent was trained with."
+    )

@@ -128,7 +128,9 @@ def test_frame_by_frame_against_whole_observations(space: spaces.Space, n_stack:
         for b, slots in enumerate(batches[0].slots):
             for k, slot in enumerate(slots):
                 observations = batches[0].observations
-                found = {key: x[b, k] for key, x in observations.items()} if isinstance(observations, dict) else observations[b, k]
+                found = (
+                    {key: x[b, k] for key, x in observations.items()} if isinstance(observations, dict) else observations[b, k]
+                )
                 assert same(found, recorder.kept[int(slot)])
         # What they share decides the rest
         for name in ("rewards", "returns", "bootstrap_discounts", "observed", "value_mask"):
@@ -187,7 +189,9 @@ def test_other_episodes_are_never_seen_through() -> None:
     recorder.steps(20)  # in the middle of an episode
     starts = release(stacked)
     assert len(starts) > 20
-    assert same(stacked.sequences(starts).observations, release(naive) is not None and naive.sequences(starts).observations.numpy())
+    assert same(
+        stacked.sequences(starts).observations, release(naive) is not None and naive.sequences(starts).observations.numpy()
+    )
 
 
 def test_saved_and_loaded() -> None:

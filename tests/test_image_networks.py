@@ -6,6 +6,7 @@ Shapes: B rows, C planes, A action dimensions.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch as th
 from gymnasium import spaces
 from torch import nn
 
-from sb3_ezv2.distributions import SupportSpec
+from sb3_ezv2.distributions import CategoricalSupport, SupportSpec
 from sb3_ezv2.image_networks import ConvBlock, ImageNetwork, image_tower
 from sb3_ezv2.networks import PrefixHead, RunningNorm
 
@@ -27,7 +28,7 @@ MIXED = spaces.Dict(
     gear=spaces.Discrete(3),
 )
 ACTION_SPACES = [spaces.Discrete(4), spaces.Box(-1.0, 1.0, (1,)), spaces.Box(-1.0, 1.0, (2, 3))]
-H601 = SupportSpec(300.0, 601, "h")
+H601 = SupportSpec(58705.58, 601, "h")
 
 
 def make(space: spaces.Space = SMALL, action_space: spaces.Space = ACTION_SPACES[0], **settings: Any) -> ImageNetwork:
@@ -89,6 +90,11 @@ def test_the_papers_tower_stage_by_stage() -> None:
     ]  # fmt: skip
 
 
+def test_the_papers_bins_are_the_integers_to_300() -> None:
+    """In the transformed space; this is what a limit of 58705.58 means."""
+    np.testing.assert_allclose(CategoricalSupport(H601).bins, np.arange(-300, 301), atol=1e-3)
+
+
 def test_parts_of_the_papers_model() -> None:
     """Counted by hand: a convolution without bias has 9nm numbers (1x1: nm), a norm of n has 2n, a Linear nm + m."""
     network = paper_model()
@@ -98,7 +104,7 @@ def test_parts_of_the_papers_model() -> None:
         return 2 * (9 * planes * planes + 2 * planes)
 
     def mlp(*widths: int) -> int:
-        layers = list(zip(widths, widths[1:]))
+        layers = list(itertools.pairwise(widths))
         return sum(n * m + m for n, m in layers) + sum(2 * m for _, m in layers[:-1])
 
     down = 9 * 32 * 64 + 2 * 64 + 9 * 64 * 64 + 2 * 64 + 9 * 32 * 64
@@ -164,7 +170,7 @@ def test_every_input_matters(action_space: spaces.Space) -> None:
     """Every image, vector and action changes the state, and every parameter has a gradient."""
     network = make(MIXED, action_space).train()
     obs = sample(MIXED, 6)
-    network.update_statistics(obs)
+    network.update_statistics(obs, th.ones(6, dtype=th.bool))
     state = network.represent(obs)
     others = sample(MIXED, 6, seed=1)
     for key in obs:
@@ -205,12 +211,12 @@ def test_bytes_become_fractions_and_vectors_are_normalised() -> None:
     assert features.shape == (5, 4 + 3)
     normalizer = network.representation.normalizer
     assert isinstance(normalizer, RunningNorm) and normalizer.batches == 0
-    network.update_statistics(obs)
-    th.testing.assert_close(normalizer.mean, features.mean(0))
+    network.update_statistics(obs, th.arange(5) < 3)
+    th.testing.assert_close(normalizer.mean, features[:3].mean(0))
     # an image alone has no such statistics
     image = make()
     before = {name: x.clone() for name, x in image.state_dict().items()}
-    image.update_statistics(sample(SMALL, 4))
+    image.update_statistics(sample(SMALL, 4), th.ones(4, dtype=th.bool))
     assert all(th.equal(x, before[name]) for name, x in image.state_dict().items())
 
 

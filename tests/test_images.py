@@ -17,7 +17,7 @@ from gymnasium import spaces
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
 
-from sb3_ezv2 import EZV2, CnnPolicy
+from sb3_ezv2 import EZV2, CnnPolicy, MlpPolicy
 from sb3_ezv2.image_networks import ImageNetwork
 from sb3_ezv2.validation import check_memory, free_memory
 
@@ -124,7 +124,9 @@ def test_memory_is_said_and_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert free is None or free > 1e6
     check_memory(1000, 10)
     if free is not None:
-        with pytest.raises(ValueError, match=r"takes .* GB when full, but .* GB of memory are free: lower buffer_size to at most"):
+        with pytest.raises(
+            ValueError, match=r"takes .* GB when full, but .* GB of memory are free: lower buffer_size to at most"
+        ):
             check_memory(100 * free, 1000)
 
 
@@ -161,7 +163,9 @@ def test_policy_save_deepcopy_pickle(tmp_path: Path) -> None:
 
 def test_another_frame_stack_than_the_loaded_agents(tmp_path: Path) -> None:
     make(GREY, n_stack=4).save(tmp_path / "agent")
-    with pytest.raises(ValueError, match=r"Observation spaces do not match: .*\(4, 16, 16\).*\(1, 16, 16\).*VecFrameStack with as many"):
+    with pytest.raises(
+        ValueError, match=r"Observation spaces do not match: .*\(4, 16, 16\).*\(1, 16, 16\).*VecFrameStack with as many"
+    ):
         EZV2.load(tmp_path / "agent", env=SpacesEnv(GREY, ACTION_SPACES[0]))
 
 
@@ -205,10 +209,13 @@ UINT8 = np.uint8
 @pytest.mark.parametrize(
     "space, message",
     [
-        (spaces.Box(0.0, 1.0, (16, 16, 3), np.float32), r"must be of dtype uint8 .* float32 in \[0.0, 1.0\]: let the environment"),
+        (
+            spaces.Box(0.0, 1.0, (16, 16, 3), np.float32),
+            r"must be of dtype uint8 .* float32 in \[0.0, 1.0\]: let the environment",
+        ),
         (spaces.Box(0, 1, (16, 16, 3), UINT8), r"bounds 0 and 255, but the observation is uint8 in \[0, 1\]"),
         (spaces.Box(0, 255, (16, 16), UINT8), r"no channel axis: .*keep_dim=True"),
-        (spaces.Box(0, 255, (4, 16, 16, 3), UINT8), r"of three dimensions, not for the observation of shape"),
+        (spaces.Box(0, 255, (4, 16, 16, 3), UINT8), r"of three dimensions, not the observation of shape"),
         (spaces.Box(0, 255, (20, 3, 22), UINT8), "looks like .* channels"),
         (spaces.Box(0, 255, (4, 40, 3), UINT8), "too small for 2 halvings, which need 5x5: .*n_downsamples=1"),
         (BOX, "of three dimensions"),
@@ -236,6 +243,12 @@ def test_dictionaries_that_do_not_work(members: dict[str, spaces.Space], message
         EZV2("MultiInputPolicy", SpacesEnv(spaces.Dict(members), ACTION_SPACES[0]), **SETTINGS)  # type: ignore[arg-type]
 
 
+def test_policy_classes_of_the_other_kind() -> None:
+    """Given as classes they pass SB3's own check of the names."""
+    with pytest.raises(ValueError, match="take MultiInputPolicy"):
+        EZV2(MlpPolicy, SpacesEnv(MIXED, ACTION_SPACES[0]), **TINY)
+
+
 @pytest.mark.parametrize(
     "kwargs, message",
     [
@@ -255,7 +268,7 @@ def test_settings_out_of_range(kwargs: dict[str, Any], message: str) -> None:
 def test_the_suggested_number_of_halvings_works() -> None:
     for size in (3, 5, 9, 16, 17):
         space = spaces.Box(0, 255, (size, size, 1), UINT8)
-        with pytest.raises(ValueError, match="n_downsamples=(\\d)") as caught:
+        with pytest.raises(ValueError, match=r"n_downsamples=\d") as caught:
             make(space, policy_kwargs=dict(n_downsamples=7))
         suggested = int(str(caught.value).split("n_downsamples=")[1][0])
         make(space, policy_kwargs=dict(n_downsamples=suggested))
