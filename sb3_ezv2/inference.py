@@ -101,6 +101,7 @@ class TracedModel:
                 for fold in folds:
                     fold.refresh()
                 with autocast:
+                    folds = _used(folds, lambda: _StepModule(folded)(state, action))
                     traced = th.jit.trace(_StepModule(folded), (state, action), check_trace=False)
             except (RuntimeError, AttributeError, NotImplementedError, TypeError, ValueError):
                 return
@@ -174,6 +175,16 @@ def _fold_batch_norm(model: nn.Module) -> tuple[nn.Module, list[_Fold]]:
                 folds.append(_Fold(layer, norm))
                 module[i], module[i + 1] = folds[-1].folded, nn.Identity()
     return folded, folds
+
+
+def _used(folds: list[_Fold], function: Callable[[], Any]) -> list[_Fold]:
+    """:return: those whose layers the function calls: a search does not need the projection"""
+    called: list[nn.Module] = []
+    handles = [fold.folded.register_forward_hook(lambda layer, *_: called.append(layer)) for fold in folds]
+    function()
+    for handle in handles:
+        handle.remove()
+    return [fold for fold in folds if any(fold.folded is layer for layer in called)]
 
 
 class _Watch:
