@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium import spaces
 
 
-class CatchPixels(gym.Env[np.ndarray, int]):
+class CatchPixels(gym.Env):
     """
     Balls fall one after another, one row per step, each from a random column. The paddle in the bottom row must be where they
     land.

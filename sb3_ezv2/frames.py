@@ -156,7 +156,9 @@ class ObservationStore:
 
 
 def _members(space: spaces.Space) -> dict[str | None, spaces.Space]:
-    return dict(space.spaces) if isinstance(space, spaces.Dict) else {None: space}
+    if isinstance(space, spaces.Dict):
+        return {key: member for key, member in space.spaces.items()}
+    return {None: space}
 
 
 def _shape(space: spaces.Space) -> tuple[int, ...]:

@@ -176,6 +176,8 @@ class ImageNetwork(BaseNetwork):
     :param lstm_dim: width of the value prefix's LSTM
     """
 
+    dynamics: ConvDynamics
+
     def __init__(
         self,
         observation_space: spaces.Space,
@@ -216,19 +218,13 @@ class ImageNetwork(BaseNetwork):
         else:
             self.reward_head = Head(trunk(0), features, net_arch, self.reward_support.size)
         self.policy_head = Head(trunk(1), features, net_arch, self.policy_outputs)
-        state_dim = channels * height * width
-        self.projection = projection_mlp(state_dim, projection_dim, projection_dim, 2 * projection_dim)
+        self.state_dim = channels * height * width
+        self.projection = projection_mlp(self.state_dim, projection_dim, projection_dim, 2 * projection_dim)
         self.projection_predictor = projection_mlp(2 * projection_dim, projection_dim, 2 * projection_dim)
 
     @property
     def state_shape(self) -> tuple[int, ...]:
         return (self.channels, *self.representation.grid)
-
-    @property
-    def state_dim(self) -> int:
-        """Numbers of one state."""
-        height, width = self.representation.grid
-        return self.channels * height * width
 
     def represent(self, obs: PyTorchObs) -> th.Tensor:
         return self.representation(self.preprocess(obs))

@@ -106,7 +106,7 @@ class Head(nn.Module):
     :param out: number of outputs
     """
 
-    def __init__(self, trunk: nn.Module, width: int, net_arch: Sequence[int], out: int):
+    def __init__(self, trunk: nn.Sequential, width: int, net_arch: Sequence[int], out: int):
         super().__init__()
         self.trunk = trunk
         self.mlp = batch_norm_mlp(width, net_arch, out)
@@ -197,6 +197,8 @@ class BaseNetwork(nn.Module):
     :param normalize_images: as in SB3's policies
     """
 
+    state_dim: int
+    """Numbers of one state."""
     one_hot: th.Tensor
     value_support: CategoricalSupport
     reward_support: CategoricalSupport
@@ -347,6 +349,8 @@ class Ezv2Network(BaseNetwork):
     :param lstm_dim: width of the value prefix's LSTM
     """
 
+    dynamics: Dynamics
+
     def __init__(
         self,
         observation_space: spaces.Space,
@@ -378,7 +382,7 @@ class Ezv2Network(BaseNetwork):
         self.value_support = CategoricalSupport(value_support)
         self.reward_support = CategoricalSupport(reward_support)
 
-        def trunk() -> nn.Module:
+        def trunk() -> nn.Sequential:
             return nn.Sequential(ResidualBlock(state_dim, hidden), nn.LayerNorm(state_dim))
 
         self.value_head = Head(trunk(), state_dim, net_arch, self.value_support.size)

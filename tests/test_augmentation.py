@@ -51,9 +51,10 @@ def test_intensity_is_one_factor_per_image() -> None:
 def test_each_observation_has_a_view_of_its_own() -> None:
     obs = images(1, 1, 2, 16, 18).expand(6, 5, 2, 16, 18)
     found = augment(obs, IMAGE, 4, 0.0, np.random.default_rng(0))
-    assert found.shape == obs.shape and isinstance(found, th.Tensor)
+    assert isinstance(found, th.Tensor) and found.shape == obs.shape
     assert len({x.numpy().tobytes() for x in found.flatten(0, 1)}) > 20
-    assert th.equal(found, augment(obs, IMAGE, 4, 0.0, np.random.default_rng(0)))
+    again = augment(obs, IMAGE, 4, 0.0, np.random.default_rng(0))
+    assert isinstance(again, th.Tensor) and th.equal(found, again)
     unchanged = augment(obs, IMAGE, 0, 0.0, np.random.default_rng(0))
     assert isinstance(unchanged, th.Tensor) and th.equal(unchanged, obs)
 

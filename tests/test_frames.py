@@ -48,7 +48,7 @@ class Recorder:
             actions = self.rng.integers(ACTIONS.n, size=self.env.num_envs)
             new, rewards, dones, infos = self.env.step(actions)
             following = copy(new)
-            for index in np.flatnonzero(dones):
+            for index in np.flatnonzero(dones).tolist():
                 final = infos[index]["terminal_observation"]
                 if isinstance(following, dict):
                     for key in following:
@@ -57,13 +57,13 @@ class Recorder:
                     following[index] = final
             for buffer in self.buffers:
                 buffer.add(copy(self.obs), following, actions, rewards, dones, infos)
-            slots = self.buffers[0].last_slots
+            slots = self.buffers[0].last_slots.tolist()
             ring = self.buffers[0].ring
             for index, slot in enumerate(slots):
-                self.kept[int(slot)] = row(self.obs, index)
+                self.kept[slot] = row(self.obs, index)
                 if dones[index]:
                     after = slot // ring * ring + (slot % ring + 1) % ring
-                    self.kept[int(after)] = row(following, index)
+                    self.kept[after] = row(following, index)
             self.obs = new
         return self
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,7 +82,8 @@ def test_atari(env_id: str) -> None:
     while not over:
         _, _, over, _, info = evaluation.step(int(rng.integers(4)))
         assert over == (info["lives"] == 0)
-    episodes, games, rewards = 0, [], set()
+    episodes, rewards = 0, set()
+    games: list[Any] = []
     while not games:
         _, reward, terminated, truncated, info = env.step(int(rng.integers(4)))
         rewards.add(float(reward))
