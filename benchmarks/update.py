@@ -40,6 +40,7 @@ PAPER: dict[str, Any] = {
     "tau": 1.0,
     "mixed_value_start": 40_000,
     "fresh_transitions": 20_000,
+    "target_update_interval": 400,
     "policy_kwargs": {"value_support": (299.0, 51, "h"), "reward_support": (2.0, 51, "h"), "reward_scale": 1.0},
 }
 """What differs between the defaults and the paper's update (EfficientZero V2 Table 3, App. G)."""

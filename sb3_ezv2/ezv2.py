@@ -46,6 +46,9 @@ MIXED_VALUE_START_FRACTION = 0.1
 FRESH_TRANSITIONS_FRACTION = 0.2
 """``fresh_transitions`` of None, as a share of the planned steps: the paper's 20,000 of 100,000."""
 
+TARGET_UPDATE_FRACTION, LONGEST_TARGET_UPDATE_INTERVAL = 0.02, 400
+"""``target_update_interval`` of None, as a share of the planned updates, and its upper limit, the paper's."""
+
 
 class EZV2(OffPolicyAlgorithm):
     """
@@ -83,7 +86,8 @@ class EZV2(OffPolicyAlgorithm):
     :param mixed_value_start: updates before search-based values are used (T1 of Eq. 16); None: 10% of the planned ones
     :param fresh_transitions: newest transitions that keep n-step values (T2 of Eq. 16); None: 20% of the planned steps
     :param acting_update_interval: updates between two refreshes of the network that collects data
-    :param target_update_interval: updates between two refreshes of the network that reanalyzes
+    :param target_update_interval: updates between two refreshes of the network that reanalyzes; None: 2% of the planned
+        ones, 400 at most
     :param reanalyze_cache: search each stored state once per refresh of the target network instead of each time it is drawn
     :param priority_alpha: exponent of the priorities
     :param priority_beta: exponent of the importance weights
@@ -152,7 +156,7 @@ class EZV2(OffPolicyAlgorithm):
         mixed_value_start: int | None = None,
         fresh_transitions: int | None = None,
         acting_update_interval: int = 100,
-        target_update_interval: int = 400,
+        target_update_interval: int | None = None,
         reanalyze_cache: bool = True,
         priority_alpha: float = 1.0,
         priority_beta: float = 1.0,
@@ -233,6 +237,7 @@ class EZV2(OffPolicyAlgorithm):
         self.policy_target = policy_target
 
         self._warmup_updates = 0
+        self._target_update_interval = LONGEST_TARGET_UPDATE_INTERVAL
         self._generators: dict[str, np.random.Generator] | None = None
         self._reanalyzer: Reanalyzer | None = None
         self._last_search: SearchResult | None = None
@@ -396,6 +401,10 @@ class EZV2(OffPolicyAlgorithm):
         self.replay_buffer.td_steps_age = share(self.td_steps_age, TD_STEPS_AGE_FRACTION, planned_steps)
         self._reanalyzer.mixed_value_start = share(self.mixed_value_start, MIXED_VALUE_START_FRACTION, updates)
         self._reanalyzer.fresh_transitions = share(self.fresh_transitions, FRESH_TRANSITIONS_FRACTION, planned_steps)
+        interval = share(self.target_update_interval, TARGET_UPDATE_FRACTION, updates)
+        if self.target_update_interval is None:
+            interval = min(interval, LONGEST_TARGET_UPDATE_INTERVAL)
+        self._target_update_interval = interval
         if self._n_updates == 0:
             self._warmup_updates = round(self.warmup_fraction * updates)
 
@@ -506,7 +515,7 @@ class EZV2(OffPolicyAlgorithm):
             self._reanalyzer.store(replay_buffer.last_slots, self._last_search)
 
     def _acting_is_as_new_as_target(self) -> bool:
-        acting, target = self.acting_update_interval, self.target_update_interval
+        acting, target = self.acting_update_interval, self._target_update_interval
         return self._n_updates // acting * acting >= self._n_updates // target * target
 
     # ------------------------------------------------------------------ learning
@@ -599,7 +608,7 @@ class EZV2(OffPolicyAlgorithm):
                 get_ema_multi_avg_fn(1 - self.tau)(policy.bootstrap_network.float_tensors(), network.float_tensors(), None)
         if self._n_updates % self.acting_update_interval == 0:
             policy.acting_network.load_state_dict(network.state_dict())
-        if self._n_updates % self.target_update_interval == 0:
+        if self._n_updates % self._target_update_interval == 0:
             policy.target_network.load_state_dict(network.state_dict())
             self._reanalyzer.target_refreshed()
         self._count(

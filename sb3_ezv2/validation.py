@@ -157,7 +157,6 @@ def check_settings(settings: dict[str, Any]) -> None:
         "n_sampled_actions",
         "n_inner_actions",
         "acting_update_interval",
-        "target_update_interval",
     ):
         _check_integer(name, settings[name], 1)
     for name in ("learning_starts", "final_gradient_steps"):
@@ -166,6 +165,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     for name, least in (
         ("td_steps_age", 1),
         ("lr_decay_updates", 1),
+        ("target_update_interval", 1),
         ("mixed_value_start", 0),
         ("fresh_transitions", 0),
     ):

@@ -158,7 +158,7 @@ def test_a_short_run_gives_the_weights_it_always_gave(env_id: str, expected: lis
     Sums of the absolute weights of each part, recorded before images came in: networks, replay and losses of states are still
     made and drawn in the same order. Machines differ in their last digits, another order of random numbers in the third.
     """
-    network = make(env_id).learn(60).policy.network
+    network = make(env_id, tau=0.01, value_target="td").learn(60).policy.network
     parts = [list(part.parameters()) for part in network.children()]
     sums = [sum(float(x.double().abs().sum()) for x in part) for part in parts if part]
     np.testing.assert_allclose(sums, expected, rtol=2e-3)
@@ -322,17 +322,19 @@ def test_warmup_and_schedule_of_the_learning_rate() -> None:
 
 
 def test_what_follows_the_length_of_the_run() -> None:
-    def plan(steps: int, **settings: Any) -> tuple[int, int, int]:
-        model = make("CartPole-v1", **settings)
+    def plan(steps: int, **settings: Any) -> tuple[int, int, int, int]:
+        model = make("CartPole-v1", **{"target_update_interval": None, **settings})
         model._setup_learn(steps)
         buffer, reanalyzer = model.replay_buffer, model._reanalyzer
         assert buffer is not None and reanalyzer is not None
-        return buffer.td_steps_age, reanalyzer.mixed_value_start, reanalyzer.fresh_transitions
+        targets = reanalyzer.mixed_value_start, reanalyzer.fresh_transitions
+        return buffer.td_steps_age, *targets, model._target_update_interval
 
-    assert plan(2_040) == (20, 200, 408)  # 40 steps without updates
-    assert plan(2_040, gradient_steps=2) == (20, 400, 408)
-    assert plan(100_040) == (1000, 10_000, 20_008)
-    assert plan(2_040, td_steps_age=7, mixed_value_start=0, fresh_transitions=0) == (7, 0, 0)
+    assert plan(2_040) == (20, 200, 408, 40)  # 40 steps without updates
+    assert plan(2_040, gradient_steps=2) == (20, 400, 408, 80)
+    assert plan(100_040) == (1000, 10_000, 20_008, 400)
+    settings = dict(td_steps_age=7, mixed_value_start=0, fresh_transitions=0, target_update_interval=700)
+    assert plan(2_040, **settings) == (7, 0, 0, 700)
 
 
 def test_vec_normalize_and_subprocesses() -> None:
@@ -345,7 +347,7 @@ def test_vec_normalize_and_subprocesses() -> None:
 
 
 def test_rewards_of_any_scale_are_learned_alike() -> None:
-    """The same run with rewards times a power of two makes the same decisions: supports, search and priorities scale."""
+    """The same run with rewards times a power of two makes the same decisions: supports and search scale."""
 
     class Scaled(gym.RewardWrapper):
         def __init__(self, env: gym.Env, factor: float):
@@ -356,9 +358,9 @@ def test_rewards_of_any_scale_are_learned_alike() -> None:
             return float(reward) * self.factor
 
     actions = []
-    # Nothing far smaller: priorities have a floor of 1e-6 in the units of the rewards
     for factor in (1.0, 2.0**-10, -(2.0**20), 2.0**20):
-        model = make(Scaled(gym.make("Pendulum-v1"), factor)).learn(80)
+        # Uniform sampling: priorities have a floor of 1e-6 in the units of the rewards
+        model = make(Scaled(gym.make("Pendulum-v1"), factor), priority_alpha=0.0).learn(80)
         assert model.replay_buffer is not None
         actions.append(model.replay_buffer.actions[:70])
     np.testing.assert_allclose(actions[0], actions[1], atol=2e-3)
@@ -371,7 +373,7 @@ def test_time_limit_bootstraps_and_termination_does_not() -> None:
     values = {}
     for truncates in (True, False):
         env = SpacesEnv(spaces.Box(0.0, 1.0, (1,), np.float32), spaces.Discrete(1), length=4, truncates=truncates)
-        model = make(env, gamma=0.8, target_update_interval=50, learning_rate=1e-3, tau=0.05).learn(500)
+        model = make(env, gamma=0.8, target_update_interval=50, learning_rate=1e-3, value_target="td").learn(500)
         with th.no_grad():
             values[truncates] = float(model.policy.network.eval().values(th.rand(50, 1)).mean())
     assert values[True] == pytest.approx(1 / (1 - 0.8), abs=0.7)
