@@ -109,7 +109,7 @@ class ObservationStore:
         :param slots: int64 [...]
         :param device: where the observations go
         :param env: normalises them, if given
-        :return: tensors [..., *shape], or a dictionary of them
+        :return: tensors [..., observation], or a dictionary of them
         """
         if env is not None and env.norm_obs:
             return self._normalized(slots, device, env)

@@ -194,6 +194,7 @@ def test_embedding_of_the_action_is_a_convolution_of_constant_planes() -> None:
     network = make(action_space=ACTION_SPACES[2]).eval()
     embedding, state, action = network.dynamics.embedding, th.rand(5, 8, 5, 4), 2 * th.rand(5, 6) - 1
     linear, norm = embedding[0], embedding[1]
+    assert isinstance(linear, nn.Linear)
     planes = action[:, :, None, None].expand(-1, -1, 5, 4)
     x = nn.functional.conv2d(planes, linear.weight[:, :, None, None], linear.bias)
     x = th.relu(norm(x.movedim(1, -1)).movedim(-1, 1))
