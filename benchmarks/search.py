@@ -66,8 +66,8 @@ def parse_size(text: str) -> Size:
     parts = text.split("x")
     if len(parts) not in (3, 4) or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not ROOTSxSIMULATIONSxACTIONS or ROOTSxSIMULATIONSxACTIONSxINNER")
-    numbers = [int(part) for part in parts]
-    return Size(*numbers[:3], numbers[-1], len(parts) == 3)
+    roots, simulations, actions, *inner = [int(part) for part in parts]
+    return Size(roots, simulations, actions, inner[0] if inner else actions, not inner)
 
 
 class FreeModel:

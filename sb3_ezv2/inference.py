@@ -204,7 +204,7 @@ class _Watch:
 
     def holds(self) -> bool:
         for owner, name, x, address in self._entries:
-            if owner.get(name) is not x or (address and x.data_ptr() != address):
+            if owner.get(name) is not x or (x is not None and address and x.data_ptr() != address):
                 return False
         return True
 

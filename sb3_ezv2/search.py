@@ -160,8 +160,9 @@ class GumbelSearch:
         if native is None:
             self._simulate(work, states, actions, noise)
         else:
-            arrays = (None, None) if actions is None or noise is None else (actions.numpy(), noise.numpy())
-            native.search(tree, states.numpy(), *arrays, MAX_ACTION)
+            of_actions = None if actions is None else actions.numpy()
+            of_noise = None if noise is None else noise.numpy()
+            native.search(tree, states.numpy(), of_actions, of_noise, MAX_ACTION)
         device = state.device
         return SearchResult(
             action=th.from_numpy(tree.best_action()).to(device),

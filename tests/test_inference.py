@@ -58,6 +58,7 @@ def make_network(
         network.normalizer.update(3 * th.randn(50, features) + 1)
         for module in network.modules():
             if isinstance(module, nn.BatchNorm1d):
+                assert module.running_mean is not None and module.running_var is not None
                 module.running_mean.normal_(std=0.2)
                 module.running_var.uniform_(0.5, 2.0)
     network.set_reward_scale(2.5)
@@ -232,7 +233,7 @@ def test_only_what_networks_builds_is_exported(monkeypatch: pytest.MonkeyPatch) 
     def another_layer(network: Ezv2Network) -> None:
         network.representation.append(nn.ReLU())
 
-    def other_epsilon(network: Ezv2Network) -> None:
+    def other_epsilon(network: Any) -> None:
         network.dynamics.tower[0].branch[0] = nn.LayerNorm(24, eps=1e-2)
 
     def hook(network: Ezv2Network) -> None:
@@ -297,7 +298,7 @@ def test_custom_features_are_used(space: spaces.Space, monkeypatch: pytest.Monke
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def by_data(network: Ezv2Network) -> None:
+def by_data(network: Any) -> None:
     """Past autograd's version counters."""
     network.dynamics.joint[1].weight.data.mul_(1.5)
 
@@ -383,7 +384,7 @@ def test_an_agent_predicts_with_the_weights_of_now() -> None:
     model.learn(60)
     seen.append(values(model))
     other = EZV2("MlpPolicy", "Pendulum-v1", seed=1, **TINY).learn(50)
-    model.set_parameters(other.get_parameters())
+    model.set_parameters(other.get_parameters())  # type: ignore[arg-type]
     seen.append(values(model))
     assert th.equal(seen[-1], values(other))
     np.testing.assert_array_equal(predictions(model), predictions(other))
@@ -393,7 +394,8 @@ def test_an_agent_predicts_with_the_weights_of_now() -> None:
     seen.append(values(model))
     for one, two in itertools.pairwise(seen):
         assert not th.equal(one, two)
-    for clone in (copy.deepcopy(model.policy), pickle.loads(pickle.dumps(model.policy))):
+    clones: list[Any] = [copy.deepcopy(model.policy), pickle.loads(pickle.dumps(model.policy))]
+    for clone in clones:
         obs = th.zeros(2, 3)
         assert th.equal(clone.search.run(obs, None).value, model.policy.search.run(obs, None).value)
         with th.no_grad():
@@ -521,6 +523,5 @@ def test_bad_features_and_weights_are_refused() -> None:
         with pytest.raises(KeyError):
             Mlp({key: x for key, x in weights.items() if key != name}, False, [])
     with pytest.raises(ValueError):
-        sample_actions(
-            *(np.zeros(shape, np.float32) for shape in [(2, 4), (2, 3, 2)]), 0.999, *[np.zeros((2, 4), np.float32)] * 2
-        )
+        scratch = np.zeros((2, 4), np.float32)
+        sample_actions(np.zeros((2, 4), np.float32), np.zeros((2, 3, 2), np.float32), 0.999, scratch, scratch)

@@ -17,6 +17,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 import yaml
 from common import BOX, FaultyEnv, SpacesEnv
 from gymnasium import spaces
@@ -489,7 +490,9 @@ def test_two_jobs(study_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch)
         def learn(self, *args: Any, **kwargs: Any) -> Any:
             result = super().learn(*args, **kwargs)
             states.append(str(self._generators["acting"].bit_generator.state))  # type: ignore[index]
-            traced.append("recurrent_inference" not in str(getattr(self.policy.acting_search._recurrent, "__func__", "")))
+            # batches of more than NATIVE_MAX_ROOTS states are searched with the traced model
+            self.policy.target_search.run(th.zeros(100, 4), np.random.default_rng(0))
+            traced.append(isinstance(self.policy.target_search._traced._step, th.jit.ScriptModule))
             return result
 
     monkeypatch.setitem(rl_zoo3.ALGOS, "ezv2", Watched)
