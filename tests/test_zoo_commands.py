@@ -24,8 +24,6 @@ TRAIN = ("-m", "rl_zoo3.train", "--algo", "ezv2", "--seed", "0", "--device", "cp
 # At 500 steps the first updates are made
 CARTPOLE = (*TRAIN, "CartPole-v1", "-n", "510")
 
-needs_images = pytest.mark.skipif("CnnPolicy" not in EZV2.policy_aliases, reason="needs CnnPolicy")
-
 
 def need(*modules: str) -> None:
     for module in modules:
@@ -127,12 +125,11 @@ def test_control_suite(tmp_path: Path) -> None:
     run(*command, "-n", "5", cwd=tmp_path)
 
 
-@needs_images
 @pytest.mark.slow
 @pytest.mark.parametrize("env_id", ["ALE/Pong-v5", "PongNoFrameskip-v4"])
 def test_atari(env_id: str, tmp_path: Path) -> None:
     need("ale_py", "cv2")
-    run(*TRAIN, env_id, "-n", "482", cwd=tmp_path)
+    run(*TRAIN, env_id, "-n", "482", "-params", "batch_size:8", "n_simulations:4", cwd=tmp_path)
     name = env_id.replace("/", "-")
     assert updates(tmp_path / f"logs/ezv2/{name}_1/{name}.zip") == 2
     command = ("-m", "rl_zoo3.enjoy", "--algo", "ezv2", "--env", env_id, "--no-render", "-f", "logs", "-n", "5")
