@@ -11,6 +11,7 @@ installed.
 
 import argparse
 import csv
+import ctypes
 import gc
 import os
 import statistics
@@ -55,16 +56,17 @@ def memory(trials: int, steps: int, seed: int) -> dict[str, float]:
 
     ExperimentManager.objective = measured  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = f"{STUDY} --n-trials {trials} -n {steps} --n-evaluations 2 --seed {seed} --pruner none".split()
+        # One more, at whose start the last is gone, and before RL Zoo's report on the study imports what it needs
+        arguments = f"{STUDY} --n-trials {trials + 1} -n {steps} --n-evaluations 2 --seed {seed} --pruner none".split()
         sys.argv = ["train", *arguments, "-f", folder]
         train()
-    sizes.append(resident_memory())
     return {f"memory after {trial} trials, MB": size for trial, size in enumerate(sizes)}
 
 
 def resident_memory() -> float:
-    """In MB, from Linux' /proc."""
+    """In MB, from Linux' /proc; what the allocator keeps of freed memory is given back first."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
