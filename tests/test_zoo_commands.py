@@ -129,7 +129,7 @@ def test_control_suite(tmp_path: Path) -> None:
 @pytest.mark.parametrize("env_id", ["ALE/Pong-v5", "PongNoFrameskip-v4"])
 def test_atari(env_id: str, tmp_path: Path) -> None:
     need("ale_py", "cv2")
-    run(*TRAIN, env_id, "-n", "482", "-params", "batch_size:8", "n_simulations:4", cwd=tmp_path)
+    run(*TRAIN, env_id, "-n", "492", "-params", "batch_size:8", "n_simulations:4", cwd=tmp_path)
     name = env_id.replace("/", "-")
     assert updates(tmp_path / f"logs/ezv2/{name}_1/{name}.zip") == 2
     command = ("-m", "rl_zoo3.enjoy", "--algo", "ezv2", "--env", env_id, "--no-render", "-f", "logs", "-n", "5")
