@@ -16,7 +16,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
 from stable_baselines3.common.utils import update_learning_rate
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -26,6 +26,7 @@ from sb3_ezv2.observations import apply
 from sb3_ezv2.policies import PREFIX_WINDOW, CnnPolicy, Ezv2Policy, MlpPolicy, MultiInputPolicy
 from sb3_ezv2.reanalyze import Reanalyzer
 from sb3_ezv2.replay_buffer import RUNNING, SequenceReplayBuffer
+from sb3_ezv2.schedules import LONGEST_TARGET_UPDATE_INTERVAL, learning_rate_factor, plan_run, planned_updates
 from sb3_ezv2.search import SearchResult, SearchSettings
 from sb3_ezv2.validation import (
     check_finite,
@@ -37,26 +38,14 @@ from sb3_ezv2.validation import (
     explain_spaces,
 )
 
-TD_STEPS_AGE_FRACTION = 0.01
-"""``td_steps_age`` of None, as a share of the planned steps."""
-
-MIXED_VALUE_START_FRACTION = 0.1
-"""``mixed_value_start`` of None, as a share of the planned updates."""
-
-FRESH_TRANSITIONS_FRACTION = 0.2
-"""``fresh_transitions`` of None, as a share of the planned steps: the paper's 20,000 of 100,000."""
-
-TARGET_UPDATE_FRACTION, LONGEST_TARGET_UPDATE_INTERVAL = 0.02, 400
-"""``target_update_interval`` of None, as a share of the planned updates, and its upper limit, the paper's."""
-
 
 class EZV2(OffPolicyAlgorithm):
     """
     EfficientZero V2: planning by Gumbel search in a learned model, for discrete and continuous actions.
     Paper: https://arxiv.org/abs/2403.00564
 
-    The defaults are those of the paper's Table 3 for state inputs, except for the discount, the value targets, the
-    supports, the replay's size and start, and the search cache: see the documentation.
+    The defaults are those of the paper's Table 3 for state inputs, except for the discount, the value targets and
+    their networks, the supports, the replay's size and start, and the search cache: see the documentation.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -392,19 +381,16 @@ class EZV2(OffPolicyAlgorithm):
 
     def _plan(self, planned_steps: int) -> None:
         """Set what depends on the length of the whole run. :param planned_steps: environment steps, past ones included"""
-        assert self.replay_buffer is not None and self._reanalyzer is not None
-        updates = self._planned_updates(planned_steps)
-
-        def share(setting: int | None, fraction: float, planned: float) -> int:
-            return max(1, round(fraction * planned)) if setting is None else setting
-
-        self.replay_buffer.td_steps_age = share(self.td_steps_age, TD_STEPS_AGE_FRACTION, planned_steps)
-        self._reanalyzer.mixed_value_start = share(self.mixed_value_start, MIXED_VALUE_START_FRACTION, updates)
-        self._reanalyzer.fresh_transitions = share(self.fresh_transitions, FRESH_TRANSITIONS_FRACTION, planned_steps)
-        interval = share(self.target_update_interval, TARGET_UPDATE_FRACTION, updates)
-        if self.target_update_interval is None:
-            interval = min(interval, LONGEST_TARGET_UPDATE_INTERVAL)
-        self._target_update_interval = interval
+        assert self.replay_buffer is not None and self._reanalyzer is not None and isinstance(self.train_freq, TrainFreq)
+        updates = self.final_gradient_steps + planned_updates(
+            planned_steps, self.learning_starts, self.train_freq, self.gradient_steps, self.n_envs
+        )
+        settings = self.td_steps_age, self.mixed_value_start, self.fresh_transitions, self.target_update_interval
+        plan = plan_run(planned_steps, updates, *settings)
+        self.replay_buffer.td_steps_age = plan.td_steps_age
+        self._reanalyzer.mixed_value_start = plan.mixed_value_start
+        self._reanalyzer.fresh_transitions = plan.fresh_transitions
+        self._target_update_interval = plan.target_update_interval
         if self._n_updates == 0:
             self._warmup_updates = round(self.warmup_fraction * updates)
 
@@ -450,15 +436,6 @@ class EZV2(OffPolicyAlgorithm):
             best_action=policy_target == "best_action",
             cache=self.reanalyze_cache,
         )
-
-    def _planned_updates(self, planned_steps: int) -> float:
-        steps = max(0, planned_steps - self.learning_starts)
-        assert isinstance(self.train_freq, TrainFreq)
-        if self.gradient_steps < 0 or self.train_freq.unit == TrainFrequencyUnit.EPISODE:
-            updates = float(steps)  # for episodes of a length that is not known, at most one update per step is meant
-        else:
-            updates = steps * self.gradient_steps / (self.train_freq.frequency * self.n_envs)
-        return updates + self.final_gradient_steps
 
     # ------------------------------------------------------------------ collecting
 
@@ -569,10 +546,9 @@ class EZV2(OffPolicyAlgorithm):
     def _update(self, batch_size: int) -> None:
         assert self.replay_buffer is not None and self._reanalyzer is not None and self._generators is not None
         policy, network = self.policy, self.policy.network
-        learning_rate = self.lr_schedule(self._current_progress_remaining)
-        learning_rate *= min(1.0, (self._n_updates + 1) / max(1, self._warmup_updates))
-        if self.lr_decay_updates is not None:
-            learning_rate *= self.lr_decay_factor ** (self._n_updates // self.lr_decay_updates)
+        learning_rate = self.lr_schedule(self._current_progress_remaining) * learning_rate_factor(
+            self._n_updates, self._warmup_updates, self.lr_decay_updates, self.lr_decay_factor
+        )
         update_learning_rate(policy.optimizer, learning_rate)
 
         batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)

@@ -1,0 +1,88 @@
+"""What follows the planned length of a run: settings that are None, and the learning rate."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
+
+TD_STEPS_AGE_FRACTION = 0.01
+"""``td_steps_age`` of None, as a share of the planned steps."""
+
+MIXED_VALUE_START_FRACTION = 0.1
+"""``mixed_value_start`` of None, as a share of the planned updates."""
+
+FRESH_TRANSITIONS_FRACTION = 0.2
+"""``fresh_transitions`` of None, as a share of the planned steps: the paper's 20,000 of 100,000."""
+
+TARGET_UPDATE_FRACTION, LONGEST_TARGET_UPDATE_INTERVAL = 0.02, 400
+"""``target_update_interval`` of None, as a share of the planned updates, and its upper limit, the paper's."""
+
+
+class RunPlan(NamedTuple):
+    """
+    The settings of these names, all of them numbers.
+
+    :param td_steps_age: transitions
+    :param mixed_value_start: updates
+    :param fresh_transitions: transitions
+    :param target_update_interval: updates
+    """
+
+    td_steps_age: int
+    mixed_value_start: int
+    fresh_transitions: int
+    target_update_interval: int
+
+
+def plan_run(
+    steps: int,
+    updates: float,
+    td_steps_age: int | None,
+    mixed_value_start: int | None,
+    fresh_transitions: int | None,
+    target_update_interval: int | None,
+) -> RunPlan:
+    """
+    :param steps: environment steps of the whole run
+    :param updates: updates of the whole run
+    :return: the settings as given, those that are None as shares of the run
+    """
+
+    def share(setting: int | None, fraction: float, planned: float) -> int:
+        return max(1, round(fraction * planned)) if setting is None else setting
+
+    longest = LONGEST_TARGET_UPDATE_INTERVAL / TARGET_UPDATE_FRACTION
+    return RunPlan(
+        share(td_steps_age, TD_STEPS_AGE_FRACTION, steps),
+        share(mixed_value_start, MIXED_VALUE_START_FRACTION, updates),
+        share(fresh_transitions, FRESH_TRANSITIONS_FRACTION, steps),
+        share(target_update_interval, TARGET_UPDATE_FRACTION, min(updates, longest)),
+    )
+
+
+def planned_updates(steps: int, learning_starts: int, train_freq: TrainFreq, gradient_steps: int, n_envs: int) -> float:
+    """
+    :param steps: environment steps of the whole run
+    :param learning_starts: those of them without updates
+    :param train_freq: as SB3 converts it
+    :param gradient_steps: -1: as many as steps
+    :param n_envs: number of environments
+    :return: updates of the whole run
+    """
+    learning = max(0, steps - learning_starts)
+    if gradient_steps < 0 or train_freq.unit == TrainFrequencyUnit.EPISODE:
+        return float(learning)  # for episodes of a length that is not known, at most one update per step is meant
+    return learning * gradient_steps / (train_freq.frequency * n_envs)
+
+
+def learning_rate_factor(n_updates: int, warmup_updates: int, decay_updates: int | None, decay_factor: float) -> float:
+    """
+    :param n_updates: updates so far
+    :param warmup_updates: those in which the factor rises from 0 to 1
+    :param decay_updates: it is multiplied by ``decay_factor`` after each so many updates; None: never
+    :param decay_factor: see there
+    :return: factor of SB3's own schedule
+    """
+    warmup = min(1.0, (n_updates + 1) / max(1, warmup_updates))
+    return warmup if decay_updates is None else warmup * decay_factor ** (n_updates // decay_updates)
