@@ -346,8 +346,9 @@ def test_vec_normalize_and_subprocesses() -> None:
     env.close()
 
 
-def test_rewards_of_any_scale_are_learned_alike() -> None:
-    """The same run with rewards times a power of two makes the same decisions: supports and search scale."""
+@pytest.mark.parametrize("settings", [dict(value_target="td", tau=0.01), dict(priority_alpha=0.0)], ids=["n-step values", "uniform"])
+def test_rewards_of_any_scale_are_learned_alike(settings: dict[str, Any]) -> None:
+    """The same run with rewards times a power of two makes the same decisions: supports, search and priorities scale."""
 
     class Scaled(gym.RewardWrapper):
         def __init__(self, env: gym.Env, factor: float):
@@ -358,11 +359,11 @@ def test_rewards_of_any_scale_are_learned_alike() -> None:
             return float(reward) * self.factor
 
     actions = []
+    # Nothing far smaller: priorities have a floor of 1e-6 in the units of the rewards
     for factor in (1.0, 2.0**-10, -(2.0**20), 2.0**20):
-        # Uniform sampling: priorities have a floor of 1e-6 in the units of the rewards
-        model = make(Scaled(gym.make("Pendulum-v1"), factor), priority_alpha=0.0).learn(80)
+        model = make(Scaled(gym.make("Pendulum-v1"), factor), **settings).learn(100)
         assert model.replay_buffer is not None
-        actions.append(model.replay_buffer.actions[:70])
+        actions.append(model.replay_buffer.actions[:90])
     np.testing.assert_allclose(actions[0], actions[1], atol=2e-3)
     np.testing.assert_allclose(actions[0], actions[3], atol=2e-3)
     assert not np.allclose(actions[0], actions[2], atol=2e-3)  # the other sign is another task
