@@ -153,10 +153,15 @@ class Reanalyzer:
             by_search = th.from_numpy(batch.ages > self.fresh_transitions).to(values.device)
         else:
             by_search = th.zeros(len(values), dtype=th.bool, device=values.device)
+        by_search = by_search[:, None].expand_as(mask)
+        if self.value_target == "mixed":
+            # A return that was observed to its termination needs no bootstrap: it ties the values to what happened, where
+            # search-based values of old episodes would rest on each other alone
+            by_search = by_search & (batch.bootstrap_discounts > 0)
         # Where a termination was passed neither kind of target is needed: the value is 0
-        values = th.where(by_search[:, None] & mask, spread(roots.value), values)
-        value_mask = th.where(by_search[:, None], mask | value_mask, value_mask)
-        stats["target/search_share"] = by_search.float().mean()
+        values = th.where(by_search & mask, spread(roots.value), values)
+        value_mask = th.where(by_search, mask | value_mask, value_mask)
+        stats["target/search_share"] = (by_search & mask).sum() / mask.sum().clamp(min=1)
         limit = self.bootstrap.value_support.limit
         stats["target/value_clipped"] = ((values.abs() > limit) & value_mask).sum() / value_mask.sum().clamp(min=1)
         candidates = None if roots.candidates is None else spread(roots.candidates)

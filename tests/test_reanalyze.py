@@ -180,6 +180,23 @@ def test_the_mixed_target_switches_over(cache: bool) -> None:
     assert targets.values[7].tolist() == [1017, 1018, 1019, 1020]
 
 
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        # 1010 by search, then the returns to the termination, two steps before it and less, as they were observed
+        ("terminated", [[1010, 4, 4, 0], [4, 4, 0, 0]]),
+        ("truncated", [[1010, 1011, 1012, None], [1011, 1012, None, None]]),
+    ],
+)
+def test_the_mixed_target_keeps_returns_that_were_observed_to_a_termination(end: str, expected: list[Any]) -> None:
+    buffer = make_buffer()
+    batch = buffer.sequences(np.array(write(buffer, 10, 3, end)[:2]))
+    reanalyzer, _ = make(buffer, value_target="mixed", mixed_value_start=0, fresh_transitions=0)
+    targets, stats = reanalyzer.targets(batch, 0, RNG)
+    assert [masked_values(targets, row) for row in range(2)] == expected
+    assert stats["target/search_share"] == pytest.approx(1 / 5 if end == "terminated" else 1)
+
+
 def test_mixed_is_the_default_and_td_values_need_no_search() -> None:
     buffer = make_buffer()
     batch = buffer.sequences(np.array(write(buffer, 10, 8)[:3]))
