@@ -484,6 +484,15 @@ def _runs(options: argparse.Namespace) -> list[Run]:
     ]
 
 
+def parse(arguments: Sequence[str]) -> list[Run]:
+    """
+    :param arguments: a command line
+    :return: its runs, one for each seed
+    :raises ValueError: settings that cannot be
+    """
+    return _runs(_parser().parse_args(arguments))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """
     The command line; see the module's docstring.
