@@ -24,7 +24,7 @@ from sb3_ezv2.frames import frames_per_observation
 from sb3_ezv2.losses import compute_losses
 from sb3_ezv2.observations import apply
 from sb3_ezv2.policies import PREFIX_WINDOW, CnnPolicy, Ezv2Policy, MlpPolicy, MultiInputPolicy
-from sb3_ezv2.reanalyze import Reanalyzer
+from sb3_ezv2.reanalyze import Reanalyzer, learns_best_action
 from sb3_ezv2.replay_buffer import RUNNING, SequenceReplayBuffer
 from sb3_ezv2.schedules import LONGEST_TARGET_UPDATE_INTERVAL, learning_rate_factor, plan_run, planned_updates
 from sb3_ezv2.search import SearchResult, SearchSettings
@@ -424,16 +424,12 @@ class EZV2(OffPolicyAlgorithm):
         )
 
     def _make_reanalyzer(self, buffer: SequenceReplayBuffer) -> Reanalyzer:
-        policy_target = self.policy_target
-        if policy_target == "auto":
-            several = isinstance(self.action_space, spaces.Box) and int(np.prod(self.action_space.shape)) > 1
-            policy_target = "best_action" if several else "candidates"
         return Reanalyzer(
             self.policy.target_search,
             self.policy.target_network if self.tau == 1.0 else self.policy.bootstrap_network,
             buffer,
             value_target=self.value_target,
-            best_action=policy_target == "best_action",
+            best_action=learns_best_action(self.policy_target, self.action_space, self.n_sampled_actions),
             cache=self.reanalyze_cache,
         )
 
@@ -450,9 +446,7 @@ class EZV2(OffPolicyAlgorithm):
         if self.num_timesteps < learning_starts:
             self._last_search = None
             actions = np.array([self.action_space.sample() for _ in range(n_envs)])
-            if isinstance(self.action_space, spaces.Discrete):
-                return actions, actions - self.action_space.start
-            return actions, self._scale_action(actions).reshape(n_envs, -1)
+            return actions, self.policy.from_env_actions(actions)
         assert self._last_obs is not None and self._generators is not None
         obs, _ = self.policy.obs_to_tensor(self._last_obs)
         self._last_search = self.policy.act(obs, self._generators["acting"])
@@ -466,14 +460,9 @@ class EZV2(OffPolicyAlgorithm):
         actions = self.policy.to_env_actions(best).cpu().numpy()
         if isinstance(self.action_space, spaces.Box):
             actions = self.policy.unscale_action(actions.reshape(n_envs, *self.action_space.shape))
+        if not isinstance(self.action_space, spaces.Discrete):
             actions = actions.astype(self.action_space.dtype)
         return actions, best.cpu().numpy()
-
-    def _scale_action(self, action: np.ndarray) -> np.ndarray:
-        """[low, high] to [-1, 1]; a dimension whose bounds are equal is 0."""
-        assert isinstance(self.action_space, spaces.Box)
-        low, span = self.action_space.low, self.action_space.high - self.action_space.low
-        return np.where(span > 0, 2.0 * (action - low) / np.where(span > 0, span, 1.0) - 1.0, 0.0).astype(np.float32)
 
     def _store_transition(
         self,
