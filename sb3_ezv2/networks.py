@@ -286,8 +286,8 @@ class BaseNetwork(nn.Module):
         """
         :param obs: [B, ...]
         :return: what a search keeps of a state, [B, ...]; value [B] in the units of the rewards; output of the policy head
-            [B, A], of Box actions [B, 2A]. With a value prefix a search keeps [state, h, c, sum, steps] in one row: flat, so that the
-            search need not know it.
+            [B, A], or [B, 2A] of Box actions. With a value prefix a search keeps [state, h, c, sum, steps] in one row: flat,
+            so that the search need not know it.
         """
         state = self.represent(obs)
         value, policy = self.value_support.decode(self.value_head(state)), self.policy_head(state)

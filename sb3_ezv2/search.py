@@ -57,7 +57,7 @@ class SearchResult(NamedTuple):
     :param action: int64 [B], index of the recommended root action a*_S
     :param policy: [B, K], improved policy over the root actions (Eq. 18)
     :param value: [B], search-based value (Eq. 10), in the units of the rewards
-    :param candidates: [B, K, A], the root actions in [-1, 1], or int64 [B, K, D] of MultiDiscrete actions; None for discrete ones
+    :param candidates: [B, K, A], the root actions in [-1, 1], or int64 [B, K, D] of MultiDiscrete ones; None for discrete ones
     :param network_value: [B], the network's value of the roots
     :param depth: [B], mean depth of the simulations
     """
