@@ -65,10 +65,12 @@ class EZV2(OffPolicyAlgorithm):
     :param td_steps_age: the window is one step shorter for each so many transitions collected since
         (EfficientZero Eq. 12). None: 1% of the planned steps
     :param n_simulations: simulations of a search
-    :param n_sampled_actions: Box: candidate actions at the root. Discrete: actions that enter sequential halving
-    :param n_inner_actions: Box: candidate actions at the other nodes
-    :param policy_action_fraction: Box: share of the root's candidates from the policy, the rest from its flattened version
-    :param flat_std_scale: Box: standard deviation of the flattened policy, as a multiple of the policy's
+    :param n_sampled_actions: Box, MultiDiscrete and MultiBinary: candidate actions at the root. Discrete: actions that enter
+        sequential halving
+    :param n_inner_actions: not Discrete: candidate actions at the other nodes
+    :param policy_action_fraction: not Discrete: share of the root's candidates from the policy, the rest from its flattened version
+    :param flat_std_scale: Box: standard deviation of the flattened policy, as a multiple of the policy's. MultiDiscrete and
+        MultiBinary: its square divides the logits, which does the same
     :param c_visit: of sigma, Eq. 19
     :param c_scale: of sigma, Eq. 19
     :param value_target: ``"mixed"`` (Eq. 16), or its parts alone: ``"td"`` (n-step) or ``"search"`` (search-based values)
@@ -92,7 +94,7 @@ class EZV2(OffPolicyAlgorithm):
         100,000 for images. None: it is not
     :param lr_decay_factor: see ``lr_decay_updates``
     :param policy_target: ``"candidates"`` (Eq. 8), ``"best_action"`` (Eq. 9), or ``"auto"``: the latter for Box actions with
-        more than one dimension
+        more than one dimension, and for MultiDiscrete and MultiBinary ones of which not all are candidates
     :param replay_buffer_class: a subclass of ``SequenceReplayBuffer``, or None for that itself
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param policy_kwargs: additional arguments to be passed to the policy on creation, see

@@ -20,7 +20,6 @@ from common import BOX, TINY, SpacesEnv
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.torch_layers import FlattenExtractor
 from test_search import (
     NetworkSearch,
     RecordingGenerator,
@@ -40,7 +39,6 @@ from sb3_ezv2.distributions import SupportSpec
 from sb3_ezv2.image_networks import ImageNetwork
 from sb3_ezv2.losses import Targets, compute_losses, unroll
 from sb3_ezv2.multi_discrete import MultiCategorical, MultiDiscreteCandidates, category_sizes, distinct_actions
-from sb3_ezv2.networks import Ezv2Network
 from sb3_ezv2.reanalyze import Reanalyzer, learns_best_action
 from sb3_ezv2.replay_buffer import SequenceReplayBuffer
 from sb3_ezv2.search import GumbelSearch, SearchSettings
@@ -157,9 +155,7 @@ def test_draws_are_those_of_an_urn(scale: float) -> None:
     logits = random_logits(sizes, 1, scale=scale)
     p = probabilities(logits[0], sizes)
     draws, log_prob = distinct_actions(logits.expand(40_000, -1), sizes, 3, np.random.default_rng(0))
-    expected = {
-        (a, b, c): p[a] * p[b] / (1 - p[a]) * p[c] / (1 - p[a] - p[b]) for a, b, c in itertools.permutations(p, 3)
-    }
+    expected = {(a, b, c): p[a] * p[b] / (1 - p[a]) * p[c] / (1 - p[a] - p[b]) for a, b, c in itertools.permutations(p, 3)}
     assert_frequencies([tuple(tuples(row)) for row in draws], expected)
     th.testing.assert_close(log_prob[0], th.tensor([math.log(p[a]) for a in tuples(draws[0])]), rtol=1e-4, atol=1e-5)
 
@@ -216,9 +212,7 @@ def test_where_all_actions_are_candidates_the_root_is_that_of_discrete_actions()
         if rng is None:
             assert (roots.gumbel == 0).all()
         else:
-            np.testing.assert_array_equal(
-                roots.gumbel, np.random.default_rng(3).gumbel(size=(7, 6)).astype(np.float32)
-            )
+            np.testing.assert_array_equal(roots.gumbel, np.random.default_rng(3).gumbel(size=(7, 6)).astype(np.float32))
 
 
 def test_equal_inner_candidates_become_one_by_hand() -> None:
@@ -595,3 +589,109 @@ def score(policy: Any, sizes: list[int]) -> float:
     mean, _ = evaluate_policy(policy, env, n_eval_episodes=20, deterministic=True, warn=False)
     assert isinstance(mean, float)
     return mean
+
+
+@pytest.mark.parametrize(
+    ("sizes", "n_sampled_actions", "steps", "bar"),
+    [([5, 5, 2], 8, 1300, 0.6), ([3, 3], 9, 900, 0.6)],
+    ids=["sampled", "all actions"],
+)
+def test_learns(sizes: list[int], n_sampled_actions: int, steps: int, bar: float) -> None:
+    model = EZV2(
+        "MlpPolicy",
+        Dials(sizes),
+        seed=0,
+        device="cpu",
+        learning_starts=300,
+        batch_size=32,
+        gamma=0.9,
+        n_simulations=16,
+        n_sampled_actions=n_sampled_actions,
+        acting_update_interval=25,
+        target_update_interval=50,
+        policy_kwargs=dict(net_arch=[64], state_dim=32, n_blocks=1, action_embedding_dim=16, projection_dim=32),
+    )
+    best, before = score(Controller(Dials(sizes)), sizes), score(model, sizes)
+    model.learn(steps)
+    learned = score(model, sizes)
+    assert before < 0.3 * best and learned > bar * best, f"before {before:.1f}, learned {learned:.1f}, best {best:.1f}"
+
+
+@pytest.mark.parametrize(
+    ("space", "settings"),
+    [
+        (spaces.MultiDiscrete([2, 2], start=[5, -1]), {}),
+        (spaces.MultiDiscrete([3, 1, 4], dtype=np.int32), {}),
+        (spaces.MultiDiscrete([1]), {}),
+        (spaces.MultiBinary(3), dict(policy_target="candidates")),
+        (spaces.MultiDiscrete([9, 9]), dict(policy_target="candidates", value_target="search", reanalyze_cache=False)),
+        (spaces.MultiDiscrete([9, 9]), dict(n_sampled_actions=1, n_inner_actions=1, n_simulations=1)),
+        (spaces.MultiDiscrete([4, 4]), dict(policy_kwargs={**TINY["policy_kwargs"], "value_prefix": True, "lstm_dim": 8})),
+        (spaces.MultiDiscrete([4, 4]), dict(policy_kwargs={**TINY["policy_kwargs"], "search_dtype": "bfloat16"})),
+    ],
+    ids=str,
+)
+def test_spaces_and_settings(space: spaces.Space, settings: dict[str, Any]) -> None:
+    """The environment accepts nothing but actions of its space."""
+    model = EZV2("MlpPolicy", make_vec_env(lambda: SpacesEnv(BOX, space), 2), seed=0, **{**TINY, **settings})
+    model.learn(70)
+    assert model._n_updates == 15 and model.replay_buffer is not None
+    stored = model.replay_buffer.actions[model.replay_buffer.stamps >= 0]
+    assert stored.min() == 0 and (stored.max(0) == np.array(category_sizes(space)) - 1).all()
+    for deterministic in (True, False):
+        batch = np.stack([BOX.sample() for _ in range(7)])
+        actions, _ = model.predict(batch, deterministic=deterministic)
+        assert actions.shape == (7, *space.shape) and all(space.contains(action) for action in actions)  # type: ignore[misc]
+        action, _ = model.predict(batch[0], deterministic=deterministic)
+        assert space.contains(action)
+
+
+def test_images() -> None:
+    image = spaces.Box(0, 255, (16, 16, 1), np.uint8)
+    sizes: dict[str, Any] = dict(channels=4, n_downsamples=2, head_channels=2, action_embedding_dim=2, projection_dim=4)
+    settings = {**TINY, "batch_size": 8, "policy_kwargs": {**sizes, "net_arch": [8]}}
+    model = EZV2("CnnPolicy", SpacesEnv(image, spaces.MultiDiscrete([3, 4])), seed=0, **settings).learn(46)
+    assert model._n_updates == 6
+    action, _ = model.predict(image.sample())
+    assert model.action_space.contains(action)
+
+
+def test_save_load_goes_on_identically(tmp_path: Path) -> None:
+    def make_env() -> Any:
+        return make_vec_env(lambda: Dials([5, 5, 2]), 2, seed=1)
+
+    model = EZV2("MlpPolicy", make_env(), gradient_steps=-1, seed=0, **TINY).learn(60)
+    model.save(tmp_path / "agent")
+    model.save_replay_buffer(tmp_path / "replay")
+    loaded = EZV2.load(tmp_path / "agent", env=make_env())
+    loaded.load_replay_buffer(tmp_path / "replay")
+    batch = np.stack([model.observation_space.sample() for _ in range(5)])
+    expected, _ = model.predict(batch, deterministic=True)
+    np.testing.assert_array_equal(loaded.predict(batch, deterministic=True)[0], expected)
+    # Both from a reset of equally seeded environments, without remembered searches, which are not saved
+    model.set_env(make_env())
+    model._reanalyzer = None
+    for agent in (model, loaded):
+        agent.get_env().seed(1)  # type: ignore[union-attr]
+        agent.learn(30, reset_num_timesteps=False)
+    assert model._n_updates > 40
+    pairs = zip(model.policy.state_dict().items(), loaded.policy.state_dict().items())
+    assert all(name == other and th.equal(x, y) for (name, x), (other, y) in pairs)
+    with pytest.raises(ValueError, match="Action spaces do not match"):
+        EZV2.load(tmp_path / "agent", env=make_vec_env(lambda: Dials([5, 5]), 2))
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (spaces.MultiDiscrete([[2, 3], [4, 5]]), r"^MultiDiscrete actions must have one dimension, not the shape \(2, 2\)"),
+        (spaces.MultiBinary([2, 2]), r"^MultiBinary actions must have one dimension, not the shape \(2, 2\)"),
+        (spaces.MultiDiscrete([]), "no dimension at all"),
+        (spaces.Tuple([spaces.Discrete(2)]), "^EZV2 supports Box, Discrete, MultiDiscrete and MultiBinary action spaces, not"),
+        (spaces.Dict(a=spaces.Discrete(2)), "^EZV2 supports Box, Discrete, MultiDiscrete and MultiBinary action spaces, not"),
+    ],
+    ids=str,
+)
+def test_spaces_that_do_not_work(space: spaces.Space, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EZV2("MlpPolicy", SpacesEnv(BOX, space), **TINY)
