@@ -68,7 +68,8 @@ class EZV2(OffPolicyAlgorithm):
     :param n_sampled_actions: Box, MultiDiscrete and MultiBinary: candidate actions at the root. Discrete: actions that enter
         sequential halving
     :param n_inner_actions: not Discrete: candidate actions at the other nodes
-    :param policy_action_fraction: not Discrete: share of the root's candidates from the policy, the rest from its flattened version
+    :param policy_action_fraction: not Discrete: share of the root's candidates from the policy, the rest from its flattened
+        version
     :param flat_std_scale: Box: standard deviation of the flattened policy, as a multiple of the policy's. MultiDiscrete and
         MultiBinary: its square divides the logits, which does the same
     :param c_visit: of sigma, Eq. 19
@@ -462,7 +463,6 @@ class EZV2(OffPolicyAlgorithm):
         actions = self.policy.to_env_actions(best).cpu().numpy()
         if isinstance(self.action_space, spaces.Box):
             actions = self.policy.unscale_action(actions.reshape(n_envs, *self.action_space.shape))
-        if not isinstance(self.action_space, spaces.Discrete):
             actions = actions.astype(self.action_space.dtype)
         return actions, best.cpu().numpy()
 

@@ -205,11 +205,12 @@ class Ezv2Policy(BasePolicy):
         return self.to_env_actions(self.search.run(observation, rng).best())
 
     def to_env_actions(self, actions: th.Tensor) -> th.Tensor:
-        """:return: discrete actions with the space's own start; continuous ones are still in [-1, 1]"""
+        """:return: discrete actions with the space's own start and type; continuous ones are still in [-1, 1]"""
         if isinstance(self.action_space, spaces.Discrete):
             return actions + int(self.action_space.start)
-        if isinstance(self.action_space, spaces.MultiDiscrete):
-            return actions + th.as_tensor(first_category(self.action_space), device=actions.device)
+        if isinstance(self.action_space, (spaces.MultiDiscrete, spaces.MultiBinary)):
+            own_type = th.from_numpy(np.zeros(0, self.action_space.dtype)).dtype
+            return (actions + th.as_tensor(first_category(self.action_space), device=actions.device)).to(own_type)
         return actions
 
     def from_env_actions(self, actions: np.ndarray) -> np.ndarray:
