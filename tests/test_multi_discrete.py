@@ -293,7 +293,7 @@ SEARCHES = pytest.mark.parametrize(
 @SEARCHES
 def test_search_is_the_plain_search(sizes: tuple[int, ...], settings: SearchSettings) -> None:
     roots = 20
-    network = make_network(spaces.MultiDiscrete(sizes))
+    network = make_network(spaces.MultiDiscrete(list(sizes)))
     obs, rng = observations(roots), Recorder(3)
     result = GumbelSearch(network, settings).run(obs, rng)
     assert result.candidates is not None and result.candidates.dtype == th.int64
@@ -341,7 +341,7 @@ def test_one_dimension_with_all_its_categories_is_discrete(rng: int | None) -> N
 def test_without_noise_a_search_depends_on_observation_and_weights_alone(
     sizes: tuple[int, ...], settings: SearchSettings
 ) -> None:
-    network = make_network(spaces.MultiDiscrete(sizes))
+    network = make_network(spaces.MultiDiscrete(list(sizes)))
     obs = observations(17)
     search = GumbelSearch(network, settings)
     together = search.run(obs, None)
@@ -379,7 +379,8 @@ def test_the_best_of_all_candidates_is_found() -> None:
             reward = th.where(state[:, 1] == 0, right, 0.0)  # of the first step alone
             return state + th.tensor([0.0, 1.0]), reward, th.zeros(len(state)), th.zeros(len(state), 12)
 
-    result = GumbelSearch(Model(), SearchSettings(64, 16, 2)).run(th.arange(40.0).unsqueeze(1), np.random.default_rng(0))
+    model: Any = Model()
+    result = GumbelSearch(model, SearchSettings(64, 16, 2)).run(th.arange(40.0).unsqueeze(1), np.random.default_rng(0))
     assert result.candidates is not None
     right = (result.candidates == goals.unsqueeze(1)).float().mean(-1)
     chosen = right.gather(1, result.action.unsqueeze(1)).squeeze(1)
@@ -394,7 +395,7 @@ def test_models_in_cpp_are_for_other_actions() -> None:
 
 def test_nan_is_said() -> None:
     for sizes in ((2, 2), (5, 5)):
-        network = make_network(spaces.MultiDiscrete(sizes))
+        network = make_network(spaces.MultiDiscrete(list(sizes)))
         nn.init.constant_(last_layer(network.dynamics.joint).bias, float("nan"))
         with pytest.raises(ValueError, match=r"^the model's outputs .* NaN or infinite"):
             GumbelSearch(network, SearchSettings(4, 8)).run(observations(3), np.random.default_rng(0))
@@ -413,7 +414,7 @@ def one_hots(actions: th.Tensor, sizes: tuple[int, ...]) -> th.Tensor:
 @pytest.mark.parametrize("images", [False, True])
 def test_networks_see_one_one_hot_per_dimension(images: bool) -> None:
     sizes = (3, 2, 4)
-    space = spaces.MultiDiscrete(sizes)
+    space = spaces.MultiDiscrete(list(sizes))
     network: Any = make_network(space)
     if images:
         support = SupportSpec(299.0, 21, "h")
@@ -433,8 +434,8 @@ def test_networks_see_one_one_hot_per_dimension(images: bool) -> None:
 def test_policy_losses_are_those_of_loops(count: int) -> None:
     """Eq. 8, and Eq. 9 where there is one candidate; the entropy is exact, and no random number is drawn for it."""
     sizes = (3, 2, 4)
-    network = make_network(spaces.MultiDiscrete(sizes)).eval()
-    buffer = fill(SequenceReplayBuffer(60, BOX, spaces.MultiDiscrete(sizes), "cpu", td_steps=3, unroll_steps=2, seed=0))
+    network = make_network(spaces.MultiDiscrete(list(sizes))).eval()
+    buffer = fill(SequenceReplayBuffer(60, BOX, spaces.MultiDiscrete(list(sizes)), "cpu", td_steps=3, unroll_steps=2, seed=0))
     batch = buffer.sequences(np.arange(6))
     generator = th.Generator().manual_seed(0)
     candidates = th.stack([th.randint(size, (6, 3, count), generator=generator) for size in sizes], dim=-1)
@@ -497,8 +498,8 @@ class QuietSearch(GumbelSearch):
 @pytest.mark.parametrize("best_action", [True, False])
 @pytest.mark.parametrize("sizes", [(4, 4, 4), (2, 2)], ids=str)
 def test_the_cache_changes_no_target(sizes: tuple[int, ...], best_action: bool) -> None:
-    network = make_network(spaces.MultiDiscrete(sizes))
-    buffer = fill(SequenceReplayBuffer(60, BOX, spaces.MultiDiscrete(sizes), "cpu", td_steps=3, unroll_steps=2, seed=0))
+    network = make_network(spaces.MultiDiscrete(list(sizes)))
+    buffer = fill(SequenceReplayBuffer(60, BOX, spaces.MultiDiscrete(list(sizes)), "cpu", td_steps=3, unroll_steps=2, seed=0))
     search = QuietSearch(network, SearchSettings(8, 6, 2))
     cached, plain = (Reanalyzer(search, network, buffer, best_action=best_action, cache=cache) for cache in (True, False))
     rng = np.random.default_rng(0)
@@ -549,7 +550,7 @@ class Locks(gym.Env):
 
     def __init__(self, sizes: list[int]):
         self.observation_space = spaces.Box(0.0, 1.0, (2,), np.float32)
-        self.action_space = spaces.MultiDiscrete(sizes)
+        self.action_space = spaces.MultiDiscrete(list(sizes))
         # the last positions of one, and the middle ones of the other
         self.combinations = np.array([np.array(sizes) - 1, np.array(sizes) // 2])
         self.steps = 0
@@ -670,7 +671,7 @@ def test_save_load_goes_on_identically(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        (spaces.MultiDiscrete([[2, 3], [4, 5]]), r"^MultiDiscrete actions must have one dimension, not the shape \(2, 2\)"),
+        (spaces.MultiDiscrete(np.array([[2, 3], [4, 5]])), r"^MultiDiscrete actions must have one dimension, not the shape \(2, 2\)"),
         (spaces.MultiBinary([2, 2]), r"^MultiBinary actions must have one dimension, not the shape \(2, 2\)"),
         (spaces.MultiDiscrete([]), "no dimension at all"),
         (spaces.Tuple([spaces.Discrete(2)]), "^EZV2 supports Box, Discrete, MultiDiscrete and MultiBinary action spaces, not"),
