@@ -79,6 +79,7 @@ class FreeModel:
 
     def __init__(self, size: Size):
         self.discrete = size.discrete
+        self.category_sizes: tuple[int, ...] = ()
         self.action_dim = size.actions if size.discrete else ACTION_DIM
         self.state_dim = STATE_DIM
         self.training = False

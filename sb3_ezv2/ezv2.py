@@ -24,7 +24,7 @@ from sb3_ezv2.frames import frames_per_observation
 from sb3_ezv2.losses import compute_losses
 from sb3_ezv2.observations import apply
 from sb3_ezv2.policies import PREFIX_WINDOW, CnnPolicy, Ezv2Policy, MlpPolicy, MultiInputPolicy
-from sb3_ezv2.reanalyze import Reanalyzer
+from sb3_ezv2.reanalyze import Reanalyzer, learns_best_action
 from sb3_ezv2.replay_buffer import RUNNING, SequenceReplayBuffer
 from sb3_ezv2.schedules import LONGEST_TARGET_UPDATE_INTERVAL, learning_rate_factor, plan_run, planned_updates
 from sb3_ezv2.search import SearchResult, SearchSettings
@@ -65,10 +65,13 @@ class EZV2(OffPolicyAlgorithm):
     :param td_steps_age: the window is one step shorter for each so many transitions collected since
         (EfficientZero Eq. 12). None: 1% of the planned steps
     :param n_simulations: simulations of a search
-    :param n_sampled_actions: Box: candidate actions at the root. Discrete: actions that enter sequential halving
-    :param n_inner_actions: Box: candidate actions at the other nodes
-    :param policy_action_fraction: Box: share of the root's candidates from the policy, the rest from its flattened version
-    :param flat_std_scale: Box: standard deviation of the flattened policy, as a multiple of the policy's
+    :param n_sampled_actions: Box, MultiDiscrete and MultiBinary: candidate actions at the root. Discrete: actions that enter
+        sequential halving
+    :param n_inner_actions: not Discrete: candidate actions at the other nodes
+    :param policy_action_fraction: not Discrete: share of the root's candidates from the policy, the rest from its flattened
+        version
+    :param flat_std_scale: Box: standard deviation of the flattened policy, as a multiple of the policy's. MultiDiscrete and
+        MultiBinary: its square divides the logits, which does the same
     :param c_visit: of sigma, Eq. 19
     :param c_scale: of sigma, Eq. 19
     :param value_target: ``"mixed"`` (Eq. 16), or its parts alone: ``"td"`` (n-step) or ``"search"`` (search-based values)
@@ -92,7 +95,7 @@ class EZV2(OffPolicyAlgorithm):
         100,000 for images. None: it is not
     :param lr_decay_factor: see ``lr_decay_updates``
     :param policy_target: ``"candidates"`` (Eq. 8), ``"best_action"`` (Eq. 9), or ``"auto"``: the latter for Box actions with
-        more than one dimension
+        more than one dimension, and for MultiDiscrete and MultiBinary ones of which not all are candidates
     :param replay_buffer_class: a subclass of ``SequenceReplayBuffer``, or None for that itself
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param policy_kwargs: additional arguments to be passed to the policy on creation, see
@@ -424,16 +427,12 @@ class EZV2(OffPolicyAlgorithm):
         )
 
     def _make_reanalyzer(self, buffer: SequenceReplayBuffer) -> Reanalyzer:
-        policy_target = self.policy_target
-        if policy_target == "auto":
-            several = isinstance(self.action_space, spaces.Box) and int(np.prod(self.action_space.shape)) > 1
-            policy_target = "best_action" if several else "candidates"
         return Reanalyzer(
             self.policy.target_search,
             self.policy.target_network if self.tau == 1.0 else self.policy.bootstrap_network,
             buffer,
             value_target=self.value_target,
-            best_action=policy_target == "best_action",
+            best_action=learns_best_action(self.policy_target, self.action_space, self.n_sampled_actions),
             cache=self.reanalyze_cache,
         )
 
@@ -450,9 +449,7 @@ class EZV2(OffPolicyAlgorithm):
         if self.num_timesteps < learning_starts:
             self._last_search = None
             actions = np.array([self.action_space.sample() for _ in range(n_envs)])
-            if isinstance(self.action_space, spaces.Discrete):
-                return actions, actions - self.action_space.start
-            return actions, self._scale_action(actions).reshape(n_envs, -1)
+            return actions, self.policy.from_env_actions(actions)
         assert self._last_obs is not None and self._generators is not None
         obs, _ = self.policy.obs_to_tensor(self._last_obs)
         self._last_search = self.policy.act(obs, self._generators["acting"])
@@ -468,12 +465,6 @@ class EZV2(OffPolicyAlgorithm):
             actions = self.policy.unscale_action(actions.reshape(n_envs, *self.action_space.shape))
             actions = actions.astype(self.action_space.dtype)
         return actions, best.cpu().numpy()
-
-    def _scale_action(self, action: np.ndarray) -> np.ndarray:
-        """[low, high] to [-1, 1]; a dimension whose bounds are equal is 0."""
-        assert isinstance(self.action_space, spaces.Box)
-        low, span = self.action_space.low, self.action_space.high - self.action_space.low
-        return np.where(span > 0, 2.0 * (action - low) / np.where(span > 0, span, 1.0) - 1.0, 0.0).astype(np.float32)
 
     def _store_transition(
         self,

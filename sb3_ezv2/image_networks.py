@@ -2,7 +2,7 @@
 The model for images (EfficientZero App. A.1 with the action embedding of EfficientZero V2), alone or beside vectors.
 
 All convolutions are 3x3 unless they say otherwise. Shapes: B rows, C = ``channels`` planes of a state, h x w its grid, A
-action dimensions (number of actions where they are discrete).
+action dimensions (number of actions where they are discrete; of MultiDiscrete ones the categories of all dimensions).
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class ImageNetwork(BaseNetwork):
     The model for images.
 
     :param observation_space: a uint8 image [planes, height, width], or a ``Dict`` with at least one
-    :param action_space: ``Discrete``, or ``Box`` whose actions arrive flat and scaled to [-1, 1]
+    :param action_space: as in :class:`sb3_ezv2.networks.BaseNetwork`
     :param net_arch: hidden widths of the heads' MLPs
     :param channels: C, planes of a state
     :param n_blocks: residual blocks of each stage of the representation, and of the dynamics

@@ -33,6 +33,7 @@ class SearchModel(Protocol):
     """What the search needs of a model; see :class:`sb3_ezv2.networks.Ezv2Network`."""
 
     discrete: bool
+    category_sizes: tuple[int, ...]
     action_dim: int
     state_dim: int
     training: bool
@@ -76,7 +77,7 @@ class TracedModel:
         The step with the weights as they are now, for the simulations of one search.
 
         :param state: [B, ...], an example
-        :param action: int64 [B] or float [B, A], an example
+        :param action: int64 [B], int64 [B, D] or float [B, A], an example
         :return: from these two to the new states, rewards [B], values [B], and the output of the policy head
         """
         if self._watch is None or self._device != state.device or not self._watch.holds():
@@ -212,7 +213,7 @@ class _Watch:
 class NativeModel:
     """
     The C++ model that has the weights of a :class:`sb3_ezv2.networks.Ezv2Network`, where that is what
-    :mod:`sb3_ezv2.networks` builds for states, in float32 on the CPU.
+    :mod:`sb3_ezv2.networks` builds for states and ``Discrete`` or ``Box`` actions, in float32 on the CPU.
 
     :param model: see :class:`SearchModel`
     """
@@ -225,7 +226,7 @@ class NativeModel:
     def get(self) -> Mlp | None:
         """:return: the C++ model with the weights as they are now; None if there is none for this model"""
         model = self.model
-        if type(model) is not Ezv2Network:
+        if type(model) is not Ezv2Network or model.category_sizes:
             return None
         if self._watch is None or not self._watch.holds() or (self._mlp is not None and not self._mlp.is_current()):
             parts = _searched_parts(model)

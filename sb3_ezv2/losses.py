@@ -9,6 +9,7 @@ import torch as th
 from torch.nn import functional as F
 
 from sb3_ezv2.distributions import SquashedGaussian
+from sb3_ezv2.multi_discrete import MultiCategorical
 from sb3_ezv2.networks import BaseNetwork
 from sb3_ezv2.observations import apply
 from sb3_ezv2.replay_buffer import Batch
@@ -23,7 +24,7 @@ class Targets(NamedTuple):
     :param values: [B, U + 1], in the units of the rewards
     :param value_mask: bool [B, U + 1]
     :param policies: [B, U + 1, K], weights of the candidates, or of all actions if discrete
-    :param candidates: [B, U + 1, K, A] in [-1, 1]; None for discrete actions
+    :param candidates: [B, U + 1, K, A] in [-1, 1], or int64 [B, U + 1, K, D] of MultiDiscrete actions; None for discrete ones
     """
 
     values: th.Tensor
@@ -126,6 +127,9 @@ def compute_losses(
     if targets.candidates is None:
         log_prob = F.log_softmax(policy_out, dim=-1)
         step_entropy = -(log_prob.exp() * log_prob).sum(-1)
+    elif network.category_sizes:
+        log_prob = MultiCategorical(policy_out.unsqueeze(-2), network.category_sizes).log_prob(targets.candidates)
+        step_entropy = MultiCategorical(policy_out, network.category_sizes).entropy()
     else:
         log_prob = SquashedGaussian(policy_out.unsqueeze(-2)).log_prob(targets.candidates)  # [B, U + 1, K]
         noise = rng.standard_normal((ENTROPY_SAMPLES, size, steps + 1, network.action_dim), dtype=np.float32)

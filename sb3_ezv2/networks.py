@@ -3,7 +3,7 @@ What every model has in common, and the model for vector observations: represent
 projection (EfficientZero V2 App. G).
 
 The modules for vectors are pre-LN residual towers. Shapes: B rows, F features of an observation, D = ``state_dim``, A action
-dimensions (number of actions where they are discrete), U unroll steps.
+dimensions (number of actions where they are discrete; of MultiDiscrete ones the categories of all dimensions), U unroll steps.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_ezv2.distributions import CategoricalSupport, SupportSpec
+from sb3_ezv2.multi_discrete import category_sizes
 from sb3_ezv2.observations import apply
 
 
@@ -193,13 +194,17 @@ class BaseNetwork(nn.Module):
     modules and say how observations become states.
 
     :param observation_space: of the environment
-    :param action_space: ``Discrete``, or ``Box`` whose actions arrive flat and scaled to [-1, 1]
+    :param action_space: ``Discrete``, ``MultiDiscrete`` or ``MultiBinary``, whose actions arrive counted from 0, or ``Box``,
+        whose actions arrive flat and scaled to [-1, 1]
     :param normalize_images: as in SB3's policies
     """
 
     state_dim: int
     """Numbers of one state."""
+    category_sizes: tuple[int, ...]
+    """Of the dimensions of ``MultiDiscrete`` actions; otherwise empty."""
     one_hot: th.Tensor
+    first_categories: th.Tensor
     value_support: CategoricalSupport
     reward_support: CategoricalSupport
     value_head: Head
@@ -214,10 +219,16 @@ class BaseNetwork(nn.Module):
         self.observation_space = observation_space
         self.normalize_images = normalize_images
         self.discrete = isinstance(action_space, spaces.Discrete)
+        self.category_sizes = category_sizes(action_space)
         if isinstance(action_space, spaces.Discrete):
             self.action_dim = int(action_space.n)
             self.policy_outputs = self.action_dim
             self.register_buffer("one_hot", th.eye(self.action_dim), persistent=False)
+        elif self.category_sizes:
+            self.action_dim = self.policy_outputs = sum(self.category_sizes)
+            self.register_buffer("one_hot", th.eye(self.action_dim), persistent=False)
+            first = th.tensor([0, *self.category_sizes[:-1]]).cumsum(0)  # [D], row of one_hot
+            self.register_buffer("first_categories", first, persistent=False)
         else:
             assert isinstance(action_space, spaces.Box)
             self.action_dim = int(th.tensor(action_space.shape).prod())
@@ -245,11 +256,13 @@ class BaseNetwork(nn.Module):
         G.
 
         :param state: [B, ...]
-        :param action: int64 [B] or float [B, A]
+        :param action: int64 [B], int64 [B, D] of D dimensions or float [B, A]
         :return: next state [B, ...]
         """
         if self.discrete:
             action = self.one_hot[action]
+        elif self.category_sizes:
+            action = self.one_hot[action + self.first_categories].sum(-2)
         return self.dynamics(state, action)
 
     def project(self, state: th.Tensor) -> th.Tensor:
@@ -273,8 +286,8 @@ class BaseNetwork(nn.Module):
         """
         :param obs: [B, ...]
         :return: what a search keeps of a state, [B, ...]; value [B] in the units of the rewards; output of the policy head
-            [B, n] or [B, 2A]. With a value prefix a search keeps [state, h, c, sum, steps] in one row: flat, so that the
-            search need not know it.
+            [B, A], or [B, 2A] of Box actions. With a value prefix a search keeps [state, h, c, sum, steps] in one row: flat,
+            so that the search need not know it.
         """
         state = self.represent(obs)
         value, policy = self.value_support.decode(self.value_head(state)), self.policy_head(state)
@@ -285,7 +298,7 @@ class BaseNetwork(nn.Module):
     def recurrent_inference(self, state: th.Tensor, action: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
         """
         :param state: [B, ...] as :meth:`initial_inference` gives it
-        :param action: int64 [B] or float [B, A]
+        :param action: as in :meth:`dynamics_step`
         :return: next state [B, ...], reward [B], value of the next state [B], output of its policy head
         """
         if isinstance(self.reward_head, PrefixHead):
@@ -335,7 +348,7 @@ class Ezv2Network(BaseNetwork):
     The model for vectors.
 
     :param observation_space: of the environment
-    :param action_space: ``Discrete``, or ``Box`` whose actions arrive flat and scaled to [-1, 1]
+    :param action_space: as in :class:`BaseNetwork`
     :param features_extractor: from preprocessed observations to features [B, F]
     :param net_arch: hidden widths of the heads' MLPs; the first is the hidden width of all residual blocks, too
     :param state_dim: D, width of the latent state

@@ -15,6 +15,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from sb3_ezv2.augmentation import augment
 from sb3_ezv2.distributions import SupportSpec
 from sb3_ezv2.image_networks import ImageNetwork
+from sb3_ezv2.multi_discrete import first_category
 from sb3_ezv2.networks import BaseNetwork, Ezv2Network
 from sb3_ezv2.search import GumbelSearch, SearchResult, SearchSettings
 from sb3_ezv2.validation import check_images
@@ -194,7 +195,7 @@ class Ezv2Policy(BasePolicy):
         :param observation: [B, ...]
         :param deterministic: no noise: the result depends on the observation and the weights alone. Otherwise a search with
             noise as in training, from a stream that is seeded by torch's, which training itself does not use
-        :return: int64 [B], or [B, A] in [-1, 1]
+        :return: int64 [B], int64 [B, D] of ``MultiDiscrete`` actions, or [B, A] in [-1, 1]
         :raises ValueError: an observation has NaN or infinite entries
         """
         tensors = observation.values() if isinstance(observation, dict) else [observation]
@@ -204,10 +205,27 @@ class Ezv2Policy(BasePolicy):
         return self.to_env_actions(self.search.run(observation, rng).best())
 
     def to_env_actions(self, actions: th.Tensor) -> th.Tensor:
-        """:return: discrete actions with the space's own start; continuous ones are still in [-1, 1]"""
+        """:return: discrete actions with the space's own start and type; continuous ones are still in [-1, 1]"""
         if isinstance(self.action_space, spaces.Discrete):
             return actions + int(self.action_space.start)
+        if isinstance(self.action_space, (spaces.MultiDiscrete, spaces.MultiBinary)):
+            own_type = th.from_numpy(np.zeros(0, self.action_space.dtype)).dtype
+            return (actions + th.as_tensor(first_category(self.action_space), device=actions.device)).to(own_type)
         return actions
+
+    def from_env_actions(self, actions: np.ndarray) -> np.ndarray:
+        """
+        :param actions: [n_envs, ...] as the environment takes them
+        :return: as they are stored: counted from 0, or [n_envs, A] in [-1, 1], where a dimension whose bounds are equal is 0
+        """
+        space = self.action_space
+        if isinstance(space, spaces.Discrete):
+            return actions - space.start
+        if isinstance(space, spaces.Box):
+            span = space.high - space.low
+            scaled = np.where(span > 0, 2.0 * (actions - space.low) / np.where(span > 0, span, 1.0) - 1.0, 0.0)
+            return scaled.astype(np.float32).reshape(len(actions), -1)
+        return actions - first_category(space)
 
 
 class MlpPolicy(Ezv2Policy):

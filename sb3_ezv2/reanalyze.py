@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 
 from sb3_ezv2.losses import Targets
+from sb3_ezv2.multi_discrete import category_sizes
 from sb3_ezv2.networks import BaseNetwork
 from sb3_ezv2.observations import apply
 from sb3_ezv2.replay_buffer import Batch, SequenceReplayBuffer
@@ -20,7 +23,7 @@ class _Roots(NamedTuple):
 
     :param value: [n], search-based values
     :param policy: [n, K], weights of the candidates or of all actions
-    :param candidates: [n, K, A]; None for discrete actions
+    :param candidates: [n, K, A], or int64 [n, K, D] of ``MultiDiscrete`` actions; None for discrete ones
     """
 
     value: th.Tensor
@@ -38,10 +41,17 @@ class SearchCache:
 
     :param buffer: the replay buffer whose slots are meant
     :param num_candidates: K
-    :param action_dim: A; None for discrete actions
+    :param action_dim: numbers of one candidate; None for discrete actions
+    :param action_dtype: of them
     """
 
-    def __init__(self, buffer: SequenceReplayBuffer, num_candidates: int, action_dim: int | None):
+    def __init__(
+        self,
+        buffer: SequenceReplayBuffer,
+        num_candidates: int,
+        action_dim: int | None,
+        action_dtype: type[np.generic] = np.float32,
+    ):
         size = len(buffer.stamps)
         self.buffer = buffer
         self.version = 0
@@ -50,7 +60,7 @@ class SearchCache:
         self.stamps = np.full(size, -1, np.int64)
         self.values = np.zeros(size, np.float32)
         self.policies = np.zeros((size, num_candidates), np.float32)
-        self.candidates = None if action_dim is None else np.zeros((size, num_candidates, action_dim), np.float32)
+        self.candidates = None if action_dim is None else np.zeros((size, num_candidates, action_dim), action_dtype)
 
     def hits(self, slots: np.ndarray) -> np.ndarray:
         """:param slots: int64 [n] :return: bool [n], where there is a search of this state under the present network"""
@@ -71,6 +81,22 @@ class SearchCache:
         candidates = None if self.candidates is None else th.from_numpy(self.candidates[slots]).to(device)
         values, policies = th.from_numpy(self.values[slots]), th.from_numpy(self.policies[slots])
         return _Roots(values.to(device), policies.to(device), candidates)
+
+
+def learns_best_action(policy_target: str, action_space: spaces.Space, n_sampled_actions: int) -> bool:
+    """
+    :param policy_target: as the algorithm takes it
+    :param action_space: of the environment
+    :param n_sampled_actions: candidates at the root
+    :return: whether the policy's target is the recommended action (Eq. 9), not all candidates (Eq. 8). ``"auto"``: where the
+        candidates are a sample of a space of several dimensions, of which the weights of a few points say little. Where all
+        MultiDiscrete actions are candidates, their improved policy is exact, as that of Discrete actions is.
+    """
+    if policy_target != "auto":
+        return policy_target == "best_action"
+    if sizes := category_sizes(action_space):
+        return len(sizes) > 1 and math.prod(sizes) > n_sampled_actions
+    return isinstance(action_space, spaces.Box) and math.prod(action_space.shape) > 1
 
 
 class Reanalyzer:
@@ -109,7 +135,9 @@ class Reanalyzer:
         self.cache: SearchCache | None = None
         if cache:
             num_candidates = 1 if best_action and not self.discrete else search.num_root_actions
-            self.cache = SearchCache(buffer, num_candidates, None if self.discrete else search.model.action_dim)
+            dtype = np.int64 if search.model.category_sizes else np.float32
+            width = len(search.model.category_sizes) or search.model.action_dim
+            self.cache = SearchCache(buffer, num_candidates, None if self.discrete else width, dtype)
 
     def target_refreshed(self) -> None:
         """The target network has new weights: every search so far is stale."""

@@ -17,6 +17,7 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ezv2.frames import ObservationStore, observation_nbytes
+from sb3_ezv2.multi_discrete import category_sizes
 from sb3_ezv2.observations import apply
 
 RUNNING, TERMINATED, TRUNCATED = 0, 1, 2
@@ -32,7 +33,8 @@ class Batch(NamedTuple):
 
     :param slots: numpy int64 [B, U + 1], where the observations are stored; beyond the last one, that one again
     :param observations: [B, U + 1, ...] tensor, or for a ``Dict`` space a dictionary of such tensors
-    :param actions: int64 [B, U], or float [B, U, A] in [-1, 1]; random where the episode is over
+    :param actions: int64 [B, U], int64 [B, U, D] of ``MultiDiscrete`` actions, or float [B, U, A] in [-1, 1]; random where the
+        episode is over
     :param rewards: [B, U], 0 where the episode is over
     :param returns: [B, U + 1], discounted sums of the n-step windows
     :param bootstrap_observations: as ``observations``, at the windows' ends
@@ -122,7 +124,11 @@ class SequenceReplayBuffer(ReplayBuffer):
         size = self.ring * n_envs
         self.discrete = isinstance(action_space, spaces.Discrete)
         self.store = ObservationStore(observation_space, n_envs, self.ring, frame_stack)
-        self.actions = np.zeros(size, np.int64) if self.discrete else np.zeros((size, self.action_dim), np.float32)
+        self.category_sizes = category_sizes(action_space)
+        if self.discrete:
+            self.actions = np.zeros(size, np.int64)
+        else:
+            self.actions = np.zeros((size, self.action_dim), np.int64 if self.category_sizes else np.float32)
         self.rewards = np.zeros(size, np.float32)
         self.kinds = np.zeros(size, np.uint8)
         self.stamps = np.full(size, -1, np.int64)  # count of the environment's slots when this one was written
@@ -142,7 +148,8 @@ class SequenceReplayBuffer(ReplayBuffer):
     ) -> int:
         """:return: bytes that a buffer of this size takes when it is full"""
         obs = observation_nbytes(observation_space, frame_stack)
-        action = 8 if isinstance(action_space, spaces.Discrete) else 4 * int(np.prod(action_space.shape))  # type: ignore[arg-type]
+        numbers = int(np.prod(action_space.shape))  # type: ignore[arg-type]
+        action = 4 * numbers if isinstance(action_space, spaces.Box) else 8 * numbers
         return buffer_size * (obs + action + 4 + 1 + 4 * 8)
 
     def size(self) -> int:
@@ -194,7 +201,7 @@ class SequenceReplayBuffer(ReplayBuffer):
 
         :param obs: [N, ...], or a dictionary of such arrays
         :param next_obs: the same, of which only those that end an episode are stored here
-        :param action: [N] or [N, ...], scaled to [-1, 1] if continuous
+        :param action: [N] or [N, ...], scaled to [-1, 1] if continuous, otherwise counted from 0
         :param reward: [N]
         :param done: bool [N]
         :param infos: ``TimeLimit.truncated`` tells a truncation from a termination
@@ -366,6 +373,8 @@ class SequenceReplayBuffer(ReplayBuffer):
         if self.discrete:
             assert isinstance(self.action_space, spaces.Discrete)
             return self.rng.integers(self.action_space.n, size=(size, unroll))
+        if self.category_sizes:
+            return self.rng.integers(self.category_sizes, size=(size, unroll, self.action_dim))
         return self.rng.uniform(-1, 1, size=(size, unroll, self.action_dim)).astype(np.float32)
 
     def _float(self, array: np.ndarray) -> th.Tensor:

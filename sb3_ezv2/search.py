@@ -17,6 +17,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from sb3_ezv2.ctree import Tree, sample_actions
 from sb3_ezv2.distributions import MAX_ACTION, SquashedGaussian
 from sb3_ezv2.inference import NativeModel, SearchModel, Step, TracedModel
+from sb3_ezv2.multi_discrete import MultiDiscreteCandidates
 
 MIN_Q_RANGE = 0.01
 """Least range of the q's when they are normalised, in units of the reward scale (EfficientZero Eq. 10)."""
@@ -28,8 +29,9 @@ NATIVE_MAX_ROOTS = 64
 class SearchSettings(NamedTuple):
     """
     :param n_simulations: simulations per root (S)
-    :param n_sampled_actions: candidates at the root of Box actions (K); discrete actions that enter sequential halving
-    :param n_inner_actions: candidates at the other nodes, Box actions only (M)
+    :param n_sampled_actions: candidates at the root of Box and MultiDiscrete actions (K); discrete actions that enter
+        sequential halving
+    :param n_inner_actions: candidates at the other nodes, Box and MultiDiscrete actions only (M)
     :param policy_action_fraction: share of the root candidates drawn from the policy (one at least), the rest from its
         flattened version
     :param flat_std_scale: standard deviation of the flattened policy over the policy's
@@ -55,7 +57,7 @@ class SearchResult(NamedTuple):
     :param action: int64 [B], index of the recommended root action a*_S
     :param policy: [B, K], improved policy over the root actions (Eq. 18)
     :param value: [B], search-based value (Eq. 10), in the units of the rewards
-    :param candidates: [B, K, A], the root actions in [-1, 1]; None for discrete actions
+    :param candidates: [B, K, A], the root actions in [-1, 1], or int64 [B, K, D] of MultiDiscrete ones; None for discrete ones
     :param network_value: [B], the network's value of the roots
     :param depth: [B], mean depth of the simulations
     """
@@ -68,7 +70,7 @@ class SearchResult(NamedTuple):
     depth: th.Tensor
 
     def best(self) -> th.Tensor:
-        """:return: the recommended actions, int64 [B] or [B, A] in [-1, 1]"""
+        """:return: the recommended actions, int64 [B], int64 [B, D] or [B, A] in [-1, 1]"""
         if self.candidates is None:
             return self.action
         return self.candidates[th.arange(len(self.action), device=self.action.device), self.action]
@@ -92,6 +94,18 @@ class GumbelSearch:
         self.bfloat16 = bfloat16
         self.num_root_actions = model.action_dim if model.discrete else settings.n_sampled_actions
         self.num_inner_actions = model.action_dim if model.discrete else settings.n_inner_actions
+        self.candidate_dim = model.action_dim  # numbers of one candidate
+        self._multi: MultiDiscreteCandidates | None = None
+        if model.category_sizes:
+            multi = self._multi = MultiDiscreteCandidates(
+                model.category_sizes,
+                settings.n_sampled_actions,
+                settings.n_inner_actions,
+                settings.policy_action_fraction,
+                settings.flat_std_scale,
+            )
+            self.num_root_actions, self.num_inner_actions = multi.n_root, multi.n_inner
+            self.candidate_dim = multi.dimensions
         self._forget()
 
     def _forget(self) -> None:
@@ -147,7 +161,12 @@ class GumbelSearch:
             if rng is not None:
                 gumbel = rng.gumbel(size=(num_roots, self.num_root_actions)).astype(np.float32)
         else:
-            candidates, noise = self._sample_candidates(policy, rng)
+            if self._multi is None:
+                candidates, noise = self._sample_candidates(policy, rng)
+            else:
+                candidates, logits, gumbel = self._multi.at_root(policy, rng)
+                root_logits = _to_numpy(logits)
+                noise = self._multi.inner_noise(self.settings.n_simulations, num_roots, rng).to(policy.device)
             # [B * K + S * B * M, A]: the roots' candidates, then those of each simulation's new states
             edges = self.num_root_actions + self.settings.n_simulations * self.num_inner_actions
             actions = work.actions[: num_roots * edges]
@@ -178,8 +197,8 @@ class GumbelSearch:
         All simulations of B searches, in a tree that has selected the first edges.
 
         :param states: [(S + 1) * B, ...], the first B of them filled
-        :param actions: [B * K + S * B * M, A], the first B * K of them filled; None for discrete actions
-        :param noise: [S, B or 1, M, A], of the candidates of the inner nodes; None for discrete actions
+        :param actions: [B * K + S * B * M, A or D], the first B * K of them filled; None for discrete actions
+        :param noise: [S, B or 1, M, A or D], of the candidates of the inner nodes; None for discrete actions
         """
         tree, device, settings = work.tree, states.device, self.settings
         num_roots = len(tree.parent)
@@ -189,7 +208,7 @@ class GumbelSearch:
         leaf_states, leaf_actions = work.leaf_states[:num_roots], work.leaf_actions[:num_roots]
         pool = states.unflatten(0, (-1, num_roots)).unbind()  # of the nodes that each simulation makes, after the roots
         if actions is not None and noise is not None:
-            shape = settings.n_simulations, num_roots * self.num_inner_actions, self.model.action_dim
+            shape = settings.n_simulations, num_roots * self.num_inner_actions, self.candidate_dim
             inner_noise = noise.unbind()
             inner_actions = actions[num_roots * self.num_root_actions :].view(shape).unbind()
         step: Step | None = None
@@ -203,11 +222,14 @@ class GumbelSearch:
                 step = self._traced.step(leaf_states, leaf_actions)
             new_state, reward, value, policy = step(leaf_states, leaf_actions)
             pool[simulation + 1].copy_(new_state)
+            priors = policy if actions is None else None
+            if self._multi is not None:
+                priors = self._multi.at_node(policy, inner_noise[simulation], inner_actions[simulation])
             try:
-                tree.step(_to_numpy(reward), _to_numpy(value), _to_numpy(policy) if actions is None else None)
+                tree.step(_to_numpy(reward), _to_numpy(value), None if priors is None else _to_numpy(priors))
             except ValueError as error:
                 raise ValueError(f"the model's outputs in simulation {simulation} cannot be searched: {error}") from error
-            if actions is not None:
+            if actions is not None and self._multi is None:
                 _sample(policy, inner_noise[simulation], inner_actions[simulation], work.scratch)
 
     def _sample_candidates(self, policy: th.Tensor, rng: np.random.Generator | None) -> tuple[th.Tensor, th.Tensor]:
@@ -251,6 +273,7 @@ class GumbelSearch:
             settings = self.settings
             nodes = (settings.n_simulations + 1) * num_roots
             edges = num_roots * (self.num_root_actions + settings.n_simulations * self.num_inner_actions)
+            dtype = state.dtype if self._multi is None else th.int64
             work = _Workspace(
                 tree=Tree(
                     num_roots,
@@ -266,9 +289,9 @@ class GumbelSearch:
                 ),
                 min_q_range=min_q_range,
                 states=state.new_empty(nodes, *state.shape[1:]),
-                actions=state.new_empty(0 if self.model.discrete else edges, self.model.action_dim),
+                actions=state.new_empty(0 if self.model.discrete else edges, self.candidate_dim, dtype=dtype),
                 leaf_states=th.empty_like(state),
-                leaf_actions=state.new_empty(num_roots, self.model.action_dim),
+                leaf_actions=state.new_empty(num_roots, self.candidate_dim, dtype=dtype),
                 zeros=np.zeros((num_roots, self.num_root_actions), dtype=np.float32),
                 scratch=np.zeros((num_roots, 2 * self.model.action_dim), dtype=np.float32),
             )
@@ -281,9 +304,9 @@ class _Workspace(NamedTuple):
     Storage of a search, for at most ``tree.num_roots`` roots.
 
     :param states: [(S + 1) * roots, D], row ``slot * B + root`` for the current batch of B roots
-    :param actions: [roots * K + S * roots * M, A], candidates of Box actions
+    :param actions: [roots * K + S * roots * M, A or D], candidates of Box or MultiDiscrete actions
     :param leaf_states: [roots, D], what the model's step begins with
-    :param leaf_actions: [roots, A]
+    :param leaf_actions: [roots, A or D]
     :param zeros: float32 [roots, K]
     :param scratch: float32 [roots, 2A]
     """

@@ -24,8 +24,8 @@ def sample_ezv2_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
     Sampler for EZV2's hyperparameters. Every sample is valid, whatever the others are.
 
     :param trial: of Optuna
-    :param n_actions: dimensions of a Box action space. RL Zoo passes 0 for Discrete ones, so that the number of actions is not
-        known, and only the kind of the space is read off
+    :param n_actions: dimensions of a Box, MultiDiscrete or MultiBinary action space. RL Zoo passes 0 for Discrete ones, so
+        that the number of actions is not known, and only whether actions are sampled is read off
     :param n_envs: number of environments
     :param additional_args: of other algorithms' replay buffers
     :return: arguments of the constructor

@@ -42,8 +42,16 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
             )
         if int(np.prod(action_space.shape)) == 0:
             raise ValueError("the action space has no dimension at all.")
+    elif isinstance(action_space, (spaces.MultiDiscrete, spaces.MultiBinary)):
+        if len(action_space.shape) != 1:
+            raise ValueError(
+                f"{type(action_space).__name__} actions must have one dimension, not the shape {action_space.shape}: "
+                "flatten them in a wrapper of the environment."
+            )
+        if action_space.shape[0] == 0:
+            raise ValueError("the action space has no dimension at all.")
     elif not isinstance(action_space, spaces.Discrete):
-        raise ValueError(f"EZV2 supports Discrete and Box action spaces, not {action_space}.")
+        raise ValueError(f"EZV2 supports Box, Discrete, MultiDiscrete and MultiBinary action spaces, not {action_space}.")
     members = observation_space.spaces.values() if isinstance(observation_space, spaces.Dict) else [observation_space]
     for space in members:
         if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)):

@@ -11,6 +11,7 @@ What differs from RL Zoo for ``--algo ezv2``, and for no other algorithm:
 - ``env_kwargs`` of a configuration hold for every environment, not only for that of the training, and those of
   the command line are added to them instead of replacing them all.
 - ``policy_kwargs`` of a configuration are kept when Optuna samples the size of the network.
+- The search space of ``MultiDiscrete`` and ``MultiBinary`` actions has what it has for ``Box`` actions.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 
 from sb3_ezv2.ezv2 import EZV2
+from sb3_ezv2.multi_discrete import category_sizes
 from sb3_ezv2.validation import UNSUPPORTED_OPTIONS
 
 if TYPE_CHECKING:
     import optuna
     from rl_zoo3.exp_manager import ExperimentManager
+    from stable_baselines3.common.vec_env import VecEnv
 
 ALGO = "ezv2"
 
@@ -83,6 +86,7 @@ def register_manager() -> None:
         "__init__": _init,
         "read_hyperparameters": _read_hyperparameters,
         "_preprocess_hyperparams": _preprocess_hyperparams,
+        "_preprocess_action_noise": _preprocess_action_noise,
         "objective": _objective,
     }
     if not hasattr(ExperimentManager, "_knows_ezv2"):
@@ -208,6 +212,16 @@ def _preprocess_hyperparams(original: Callable[..., Any], self: ExperimentManage
     result = original(self, hyperparams)
     if self.algo == ALGO:
         _check_hyperparams(result[0], self.config)
+    return result
+
+
+def _preprocess_action_noise(
+    original: Callable[..., Any], self: ExperimentManager, hyperparams: dict[str, Any], saved: dict[str, Any], env: VecEnv
+) -> Any:
+    result = original(self, hyperparams, saved, env)
+    if self.algo == ALGO and (sizes := category_sizes(env.action_space)):
+        # What the samplers are told; RL Zoo counts the dimensions of Box actions alone
+        self.n_actions = len(sizes)
     return result
 
 

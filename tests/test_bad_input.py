@@ -90,8 +90,7 @@ def test_options_that_do_not_apply(settings: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     "observation_space, action_space, message",
     [
-        (BOX, spaces.MultiDiscrete([2, 2]), "supports Discrete and Box action spaces"),
-        (BOX, spaces.MultiBinary(2), "supports Discrete and Box action spaces"),
+        (BOX, spaces.Text(3), "supports Box, Discrete, MultiDiscrete and MultiBinary action spaces"),
         (BOX, spaces.Box(0, 5, (2,), np.int64), "floating dtype"),
         (spaces.Tuple([BOX, BOX]), spaces.Discrete(2), "FlattenObservation"),
         (spaces.MultiDiscrete(np.array([[2, 3], [4, 5]])), spaces.Discrete(2), "one dimension"),

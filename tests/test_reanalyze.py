@@ -34,6 +34,7 @@ class StubModel:
 
     def __init__(self, action_space: spaces.Space):
         self.discrete = isinstance(action_space, spaces.Discrete)
+        self.category_sizes: tuple[int, ...] = ()
         self.action_dim = 4 if self.discrete else 2
 
 

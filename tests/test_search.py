@@ -58,6 +58,7 @@ class EagerModel:
 
     def __init__(self, action_space: spaces.Space, state_dim: int):
         self.discrete = isinstance(action_space, spaces.Discrete)
+        self.category_sizes: tuple[int, ...] = ()
         self.action_dim = int(action_space.n) if isinstance(action_space, spaces.Discrete) else spaces.flatdim(action_space)
         self.state_dim = state_dim
         self.training = False

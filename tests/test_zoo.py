@@ -382,7 +382,10 @@ def test_env_kwargs_reach_every_environment(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- the search space
 
 
-@pytest.mark.parametrize("n_actions, action_space", [(0, spaces.Discrete(3)), (2, spaces.Box(-1.0, 1.0, (2,), np.float32))])
+@pytest.mark.parametrize(
+    "n_actions, action_space",
+    [(0, spaces.Discrete(3)), (2, spaces.Box(-1.0, 1.0, (2,), np.float32)), (3, spaces.MultiDiscrete([5, 2, 9]))],
+)
 @pytest.mark.parametrize("n_envs", [1, 4])
 def test_samples_are_valid(n_actions: int, action_space: spaces.Space, n_envs: int) -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
@@ -467,6 +470,16 @@ def test_trials_free_agents_and_threads(study_of: Callable[..., Any], monkeypatc
     gc.collect()
     assert len(agents) == 3 and not any(agent() for agent in agents)
     assert threading.active_count() == threads
+
+
+def test_the_search_space_of_multi_discrete_actions(study_of: Callable[..., Any]) -> None:
+    for name, space in (("Multi", spaces.MultiDiscrete([3, 2, 9])), ("Binary", spaces.MultiBinary(3))):
+        experiment = study_of(register(f"Zoo{name}-v0", partial(SpacesEnv, BOX, space)))
+        assert experiment.n_actions == 3
+    study = optuna.create_study()
+    study.optimize(experiment.objective, n_trials=1)
+    (trial,) = study.trials
+    assert trial.state.name == "COMPLETE" and 1 <= trial.params["flat_std_scale"] <= 4
 
 
 def test_nan_prunes_the_trial(study_of: Callable[..., Any]) -> None:
