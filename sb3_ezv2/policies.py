@@ -209,10 +209,10 @@ class Ezv2Policy(BasePolicy):
         :param episode_start: not used
         :param deterministic: no noise: the result depends on the observation, the weights and ``n_simulations`` alone.
             Otherwise with noise as in training
-        :param n_simulations: of this call's searches; None: as many as in training. With fewer than ``n_sampled_actions`` only so
-            many candidates are looked at. 0: the policy head alone, its mode or a sample of it
+        :param n_simulations: of this call's searches; None: as many as in training. With fewer than ``n_sampled_actions`` only
+            so many candidates are looked at. 0: the policy head alone, its mode or a sample of it
         :return: the actions as the environment takes them, and ``state``
-        :raises ValueError: ``n_simulations`` is not an integer of at least 0, or the observation is not of the space or not finite
+        :raises ValueError: ``n_simulations`` is no integer of at least 0, the observation is not of the space or not finite
         """
         if n_simulations is not None:
             check_integer("n_simulations", n_simulations, 0, " or None")
