@@ -236,7 +236,9 @@ def imagine(agent: Any, episode: Episode, start: int = 0, steps: int = 20) -> Im
     network = policy_of(agent).network
     length = len(episode.rewards)
     if not 0 <= start < length or steps < 1:
-        raise ValueError(f"start must be a step of the episode (0 to {length - 1}) and steps positive, not {start} and {steps}.")
+        raise ValueError(
+            f"start must be a step of the episode (0 to {length - 1}) and steps positive, not {start} and {steps}."
+        )
     end = min(start + steps, length)
     obs = apply(lambda x: x[start : end + 1], episode.observations)
     real = network.represent(obs)
