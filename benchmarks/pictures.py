@@ -1,11 +1,10 @@
 """
 The example pictures of the documentation, from agents that ``benchmarks.learn --save-agent`` has trained::
 
-    python -m benchmarks.learn --small --threads 1 --env CartPole-v1 --steps 3000 --seeds 0 --eval-every 3000 --save-agent --out runs/agents
-    ... (the others are named in docs/guide/plotting.rst)
     python -m benchmarks.pictures --agents runs/agents --out docs/images
 
-What is drawn for a task is in :data:`PICTURES`; tasks without an agent are left out.
+The commands of the training are in docs/guide/plotting.rst. What is drawn for a task is in :data:`PICTURES`; tasks without an agent
+are left out.
 """
 
 import argparse

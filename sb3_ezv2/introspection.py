@@ -1,6 +1,6 @@
 """
-What an agent thinks, as arrays: the search tree of an observation, imagined futures beside real ones, and the errors of values and
-rewards over an episode. :mod:`sb3_ezv2.plotting` draws them.
+What an agent thinks, as arrays: the search tree of an observation, imagined futures beside real ones, and the errors of values
+and rewards over an episode. :mod:`sb3_ezv2.plotting` draws them.
 
 Shapes: K root actions, N nodes of a tree, T steps of an episode, H steps of an imagined future, A action dimensions.
 """
@@ -35,7 +35,8 @@ class SearchTree(NamedTuple):
     :param network_value: the network's value of the observation
     :param value: the search's
     :param nodes: the tree itself, each entry [N], see :meth:`sb3_ezv2.ctree.Tree.nodes`
-    :param node_actions: float [N, A], the actions that lead to the nodes, in the environment's units; None for discrete actions
+    :param node_actions: float [N, A], the actions that lead to the nodes, in the environment's units (of the root: the middle of
+        the bounds); None for discrete actions
     """
 
     action: int
@@ -74,10 +75,10 @@ class ImaginedRollout(NamedTuple):
     :param imagined_rewards: float [H], of the model
     :param values: float [H + 1], the network's values of the real observations
     :param imagined_values: float [H + 1], the network's values of the imagined states; the first are equal
-    :param similarity: float [H + 1], cosine similarity of the imagined states and those of the real observations; the first is 1
+    :param similarity: float [H + 1], cosine similarity of the imagined states and those of the real observations, at first 1
     :param projected_similarity: float [H + 1], the same of what the consistency loss compares (Eq. 4): the projections
-    :param unchanged_similarity: float [H + 1], cosine similarity of the first state and those of the real observations: what a model
-        that imagines no change would get
+    :param unchanged_similarity: float [H + 1], cosine similarity of the first state and those of the real observations: what a
+        model that imagines no change would get
     """
 
     rewards: np.ndarray
@@ -95,8 +96,8 @@ class EpisodeErrors(NamedTuple):
 
     :param rewards: float [T], real
     :param predicted_rewards: float [T], the model's from each real observation and the action taken there
-    :param returns: float [T], measured: discounted sums of the rewards that followed. If the episode did not end in a terminal state,
-        the network's value of its last observation stands for the rest
+    :param returns: float [T], measured: discounted sums of the rewards that followed. If the episode did not end in a terminal
+        state, the network's value of its last observation stands for the rest
     :param network_values: float [T]
     :param search_values: float [T]
     """
@@ -177,8 +178,8 @@ def play(
     Play an episode with the deterministic policy.
 
     :param agent: an EZV2 agent or its policy
-    :param env: a Gymnasium environment or a ``VecEnv`` with one: not the one that the agent goes on training with, which would lose
-        its place. If it has a ``VecNormalize``, its statistics stay as they are, and rewards are normalised as it does it
+    :param env: a Gymnasium environment or a ``VecEnv`` with one: not the one that the agent goes on training with, which would
+        lose its place. If it has a ``VecNormalize``, its statistics stay as they are, and rewards are normalised as it does it
     :param max_steps: steps after which the episode is cut short
     :param seed: of the episode
     :param n_simulations: of each search, as in :meth:`~sb3_ezv2.policies.Ezv2Policy.predict`

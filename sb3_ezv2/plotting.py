@@ -1,8 +1,8 @@
 """
 Pictures of what an agent thinks, as matplotlib figures: :func:`plot_search`, :func:`plot_rollout`, :func:`plot_episode`.
 
-The numbers behind them are in :mod:`sb3_ezv2.introspection`. A figure is not shown: save it with ``figure.savefig(path)``, or let a
-notebook display it. matplotlib is needed (the extra ``plots``) and is imported only when something is drawn.
+The numbers behind them are in :mod:`sb3_ezv2.introspection`. A figure is not shown: save it with ``figure.savefig(path)``, or
+let a notebook display it. matplotlib is needed (the extra ``plots``) and is imported only when something is drawn.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def plot_search(
     rng: np.random.Generator | None = None,
 ) -> Figure:
     """
-    The search of one observation. Above, the actions at the root: bars of policy, visits and Q; for Box actions of one or two
-    dimensions the candidates where they lie. Below, the tree: a node's number is its visits, its colour the Q of the action that
-    leads to it; the recommended action and its most visited continuation are orange.
+    The search of one observation. Above, the actions at the root: bars of policy and visits, points of Q; for Box actions of one
+    or two dimensions the candidates where they lie. Below, the tree: a node's number is its visits, its colour the Q of the
+    action that leads to it; the recommended action and its most visited continuation are orange.
 
     :param agent: an EZV2 agent or its policy
     :param observation: one, as :meth:`~sb3_ezv2.policies.Ezv2Policy.predict` takes it
@@ -74,9 +74,9 @@ def plot_search(
 
 def plot_rollout(agent: Any, episode: Episode, start: int = 0, steps: int = 20) -> Figure:
     """
-    The model unrolled from one observation along the actions that were taken, beside what happened: rewards, the network's values,
-    and the similarity of imagined and real latent states; above these the frames, where observations are images. The model has no
-    decoder, so that imagined frames cannot be shown.
+    The model unrolled from one observation along the actions that were taken, beside what happened: rewards, the network's
+    values, and the similarity of imagined and real latent states; above these the real frames, where observations are images.
+    The model has no decoder, so that imagined frames cannot be shown.
 
     :param agent: an EZV2 agent or its policy; of an agent the length of the unrolls in training is marked
     :param episode: of :func:`sb3_ezv2.introspection.play`
@@ -118,7 +118,7 @@ def plot_rollout(agent: Any, episode: Episode, start: int = 0, steps: int = 20) 
         if unroll is not None and unroll < horizon:
             label = f"length of an unroll in training ({unroll})" if axis is reward_axis else None
             axis.axvline(unroll, color="tab:red", linewidth=1, linestyle=":", label=label)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, framealpha=0.6)
     _widen(reward_axis, rollout.rewards, rollout.imagined_rewards)
     _widen(value_axis, rollout.values, rollout.imagined_values)
     return figure
@@ -126,8 +126,8 @@ def plot_rollout(agent: Any, episode: Episode, start: int = 0, steps: int = 20) 
 
 def plot_episode(agent: Any, episode: Episode, n_simulations: int | None = None) -> Figure:
     """
-    What the agent expected over an episode and what came: values of the network and of the search beside the measured discounted
-    return, predicted beside real rewards, and the errors of both (expected minus measured).
+    What the agent expected over an episode and what came: values of the network and of the search beside the measured
+    discounted return, predicted beside real rewards, and the errors of both (expected minus measured).
 
     :param agent: an EZV2 agent or its policy
     :param episode: of :func:`sb3_ezv2.introspection.play`
@@ -162,7 +162,7 @@ def plot_episode(agent: Any, episode: Episode, n_simulations: int | None = None)
     reward_error_axis.set_xlabel("step of the episode")
     for axis in (value_axis, value_error_axis, reward_axis, reward_error_axis):
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, framealpha=0.6)
     for axis in (value_error_axis, reward_error_axis):
         axis.axhline(0, color="grey", linewidth=0.8)
     _widen(reward_axis, errors.rewards, errors.predicted_rewards)
@@ -235,7 +235,9 @@ def _draw_line(figure: Any, policy: Ezv2Policy, observation: Any, tree: SearchTr
     points = q_axis.scatter(
         actions[visited], tree.q[visited], s=_sizes(tree.visits[visited]), c=tree.policy[visited], cmap="viridis", zorder=3
     )
-    figure.colorbar(points, ax=q_axis, label="improved policy").ax.tick_params(labelsize=8)
+    bar = figure.colorbar(points, ax=q_axis)
+    bar.set_label("improved policy", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
     if visited[tree.action]:
         size = _sizes(tree.visits)[tree.action]
         chosen = actions[tree.action], tree.q[tree.action]
@@ -244,7 +246,7 @@ def _draw_line(figure: Any, policy: Ezv2Policy, observation: Any, tree: SearchTr
     q_axis.set_title("Q of the candidates (area: visits)", fontsize=9)
     q_axis.set_ylabel("Q", fontsize=8)
     q_axis.margins(y=0.2)
-    q_axis.legend(fontsize=7)
+    q_axis.legend(fontsize=7, markerscale=0.5)
     low, high = float(policy.action_space.low.reshape(-1)[0]), float(policy.action_space.high.reshape(-1)[0])
     grid = np.linspace(-0.995, 0.995, 400, dtype=np.float32)
     obs, _ = policy.obs_to_tensor(observation)
@@ -252,7 +254,7 @@ def _draw_line(figure: Any, policy: Ezv2Policy, observation: Any, tree: SearchTr
         gaussian = SquashedGaussian(policy.network.initial_inference(obs)[2])
         density = gaussian.log_prob(th.from_numpy(grid)[:, None].to(gaussian.mean.device)).exp().cpu().numpy()
     density *= 2 / (high - low) if high > low else 1.0  # per unit of the environment's actions
-    markers, stems, base = policy_axis.stem(actions, tree.policy, linefmt="C0-", markerfmt="C0o", basefmt="none")
+    markers, _, _ = policy_axis.stem(actions, tree.policy, linefmt="C0-", markerfmt="C0o", basefmt="none")
     markers.set_markersize(4)
     markers.set_label("candidates, improved (left)")
     policy_axis.set_ylabel("improved policy", fontsize=8)
@@ -304,7 +306,7 @@ def _draw_plane(figure: Any, policy: Ezv2Policy, tree: SearchTree) -> None:
         axis.set_ylabel("action, dimension 1", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, markerscale=0.5)
 
 
 def _sizes(visits: np.ndarray) -> np.ndarray:
@@ -418,11 +420,11 @@ def _draw_tree(figure: Any, tree: SearchTree, max_depth: int, names: list[str]) 
     axis.set_ylim(-bottom - 0.35, 0.35)
     axis.set_xlim(x[shown].min() - 0.6, x[shown].max() + 0.6)
     hidden = len(parent) - len(shown)
-    label = "above a node its action" if scalar or actions is None else "above a node its number among the candidates"
-    title = f"the tree: in a node its visits, {label}; orange: recommended, then most visited"
+    label = "above it the action" if scalar or actions is None else "above it the action's number among the candidates"
+    title = f"the tree: in a node its visits, {label};\norange: the recommended action, then the most visited ones"
     if hidden:
-        title += f"\n{hidden} nodes below depth {max_depth} are not drawn (+n: so many below a node)"
-    axis.set_title(title, fontsize=9)
+        title += f"; {hidden} nodes below depth {max_depth} are not drawn (+n)"
+    figure.suptitle(title, fontsize=9)
     bar = figure.colorbar(points, ax=axis, shrink=0.8, pad=0.01)
     bar.set_label("Q of the action (reward + γ value)", fontsize=8)
     bar.ax.tick_params(labelsize=8)
@@ -433,7 +435,8 @@ def _edge_label(tree: SearchTree, node: int, names: list[str]) -> str:
     if tree.node_actions is None:
         return names[action]
     if tree.node_actions.shape[1] == 1:
-        return f"{tree.node_actions[node, 0]:.2g}"
+        digits = 1 if np.abs(tree.node_actions).max() >= 1 else 2
+        return f"{tree.node_actions[node, 0]:.{digits}f}"
     return f"#{action}"
 
 

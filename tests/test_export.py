@@ -228,7 +228,7 @@ def test_the_exported_head_acts_as_the_policy_without_a_search(case: str, tmp_pa
 
 def test_an_export_says_what_is_wrong() -> None:
     model = agent(ACTIONS["box"])
-    with pytest.raises(ValueError, match="format must be one of 'torch.export', 'torchscript', not 'pickle'"):
+    with pytest.raises(ValueError, match=r"format must be one of 'torch.export', 'torchscript', not 'pickle'"):
         export_policy_head(model.policy, io.BytesIO(), format="pickle")
     with pytest.raises(TypeError, match=r"model\.policy"):
         export_policy_head(model, "head.pt")  # type: ignore[arg-type]

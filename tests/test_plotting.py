@@ -1,4 +1,4 @@
-"""What an agent thinks: the trees and episodes as arrays against computations by hand, and that the figures show these numbers."""
+"""What an agent thinks: trees and episodes as arrays against computations by hand, and figures that show these numbers."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_the_bars_and_nodes_of_a_discrete_search() -> None:
     assert numbers[0] == 20 and sum(numbers[1:]) == 20
     hidden = [int(text[1:]) for text in texts(level) if text.startswith("+")]
     assert sum(hidden) == 20 - np.count_nonzero(tree.visits)
-    assert f"{sum(hidden)} nodes below depth 1" in level.get_title()
+    assert f"{sum(hidden)} nodes below depth 1" in level.figure.get_suptitle()
 
 
 @pytest.mark.parametrize("space", [LINE, ACTIONS["box"], WIDE], ids=["1", "2", "3"])
