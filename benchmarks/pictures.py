@@ -3,8 +3,8 @@ The example pictures of the documentation, from agents that ``benchmarks.learn -
 
     python -m benchmarks.pictures --agents runs/agents --out docs/images
 
-The commands of the training are in docs/guide/plotting.rst. What is drawn for a task is in :data:`PICTURES`; tasks without an agent
-are left out.
+The commands of the training are in docs/guide/plotting.rst. What is drawn for a task is in :data:`PICTURES`; tasks without an
+agent are left out.
 """
 
 import argparse

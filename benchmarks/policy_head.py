@@ -1,11 +1,11 @@
 """
 What the search is worth when acting: deterministic returns with fewer simulations, and of the policy head alone (0)::
 
-    python -m benchmarks.learn --small --threads 1 --env CartPole-v1 --steps 3000 --eval-every 3000 --save-agent --out runs/agents
+    python -m benchmarks.learn --small --env CartPole-v1 --steps 3000 --eval-every 3000 --save-agent --out runs/agents
     python -m benchmarks.policy_head runs/agents/CartPole-v1_ezv2_seed0.zip --out benchmarks/results/policy-head.csv
 
-The agents are those that ``benchmarks.learn --save-agent`` left, with their results beside them, which tell the task and the seed.
-All numbers of simulations play from the same starts as that command's evaluations. Rows are added to the file.
+The agents are those that ``benchmarks.learn --save-agent`` left, with their results beside them, which tell task and seed. All
+numbers of simulations play from the same starts as that command's evaluations. Rows are added to the file.
 """
 
 import argparse

@@ -35,8 +35,8 @@ class SearchTree(NamedTuple):
     :param network_value: the network's value of the observation
     :param value: the search's
     :param nodes: the tree itself, each entry [N], see :meth:`sb3_ezv2.ctree.Tree.nodes`
-    :param node_actions: float [N, A], the actions that lead to the nodes, in the environment's units (of the root: the middle of
-        the bounds); None for discrete actions
+    :param node_actions: float [N, A], the actions that lead to the nodes, in the environment's units (of the root: the middle
+        of the bounds); None for discrete actions
     """
 
     action: int

@@ -37,9 +37,9 @@ def plot_search(
     rng: np.random.Generator | None = None,
 ) -> Figure:
     """
-    The search of one observation. Above, the actions at the root: bars of policy and visits, points of Q; for Box actions of one
-    or two dimensions the candidates where they lie. Below, the tree: a node's number is its visits, its colour the Q of the
-    action that leads to it; the recommended action and its most visited continuation are orange.
+    The search of one observation. Above, the actions at the root: bars of policy and visits, points of Q; for Box actions with
+    one or two dimensions the candidates where they lie. Below, the tree: a node's number is its visits, its colour the Q of
+    the action that leads to it; the recommended action and its most visited continuation are orange.
 
     :param agent: an EZV2 agent or its policy
     :param observation: one, as :meth:`~sb3_ezv2.policies.Ezv2Policy.predict` takes it
