@@ -198,7 +198,9 @@ def play(
         if seed is not None:
             vec_env.seed(seed)
         obs: Any = vec_env.reset()
-        observations, actions, rewards = [apply(np.copy, obs)], [], []
+        observations: list[Any] = [apply(np.copy, obs)]
+        actions: list[np.ndarray] = []
+        rewards: list[float] = []
         done = terminated = False
         while not done and len(rewards) < max_steps:
             action, _ = policy.predict(obs, deterministic=True, n_simulations=n_simulations)

@@ -36,6 +36,10 @@ def thinker(action_space: spaces.Space = ACTIONS["discrete"], observation_space:
     return agent(action_space, observation_space, **{"n_simulations": 20, "gamma": GAMMA, "noise": 0.1, **settings})
 
 
+def axes(figure: Any) -> list[Any]:
+    return figure.axes
+
+
 def texts(axis: Any) -> list[str]:
     return [text.get_text() for text in axis.texts]
 
@@ -119,7 +123,7 @@ def test_the_bars_and_nodes_of_a_discrete_search() -> None:
     tree = search_tree(model, OBSERVATION)
     names = ["north", "south", "east", "west"]
     figure = plotting.plot_search(model, OBSERVATION, max_depth=50, action_names=names)
-    policy_axis, visit_axis, q_axis, tree_axis, _ = figure.axes
+    policy_axis, visit_axis, q_axis, tree_axis, _ = axes(figure)
     heights = np.array([bar.get_height() for bar in policy_axis.patches])
     np.testing.assert_allclose(heights, np.concatenate([tree.prior, tree.policy]), rtol=1e-6)
     visits = [bar.get_height() for bar in visit_axis.patches]
@@ -150,9 +154,9 @@ def test_the_candidates_of_a_box_search(space: spaces.Box) -> None:
     figure = plotting.plot_search(model, OBSERVATION, n_simulations=6)
     visited = tree.visits > 0
     if space is WIDE:
-        np.testing.assert_array_equal([bar.get_height() for bar in figure.axes[1].patches], tree.visits)
+        np.testing.assert_array_equal([bar.get_height() for bar in axes(figure)[1].patches], tree.visits)
     else:
-        points = figure.axes[0].collections[0]
+        points = axes(figure)[0].collections[0]
         expected = tree.candidates[visited]
         if space is LINE:
             expected = np.column_stack([expected, tree.q[visited]])
@@ -161,7 +165,7 @@ def test_the_candidates_of_a_box_search(space: spaces.Box) -> None:
         np.testing.assert_allclose((areas - areas.min()) / 30, tree.visits[visited] - tree.visits[visited].min())
     if space is LINE:
         # the network's policy is a density over the environment's actions; what tanh squeezes into the very ends is cut off
-        (density,) = [c for axis in figure.axes for c in axis.collections if c.get_label().startswith("network")]
+        (density,) = [c for axis in axes(figure) for c in axis.collections if c.get_label().startswith("network")]
         corners = density.get_paths()[0].vertices
         x, y = corners[:-1].T
         area = abs((x * np.roll(y, -1) - np.roll(x, -1) * y).sum()) / 2
@@ -279,6 +283,7 @@ def test_an_imagined_rollout_is_the_model_unrolled(observation_space: spaces.Box
 def test_playing_leaves_the_statistics_of_a_normaliser_alone() -> None:
     model = thinker()
     venv = VecNormalize(DummyVecEnv([lambda: TimeLimit(SpacesEnv(BOX, ACTIONS["discrete"], length=50), 7)]))
+    assert not isinstance(venv.obs_rms, dict)
     venv.obs_rms.mean += 1.0
     before = venv.obs_rms.mean.copy()
     episode = play(model, venv, max_steps=5)
