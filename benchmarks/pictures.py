@@ -1,10 +1,10 @@
 """
-The example pictures of the documentation, from agents that ``benchmarks.learn --save-agent`` has trained::
+The example pictures of the documentation, each task's from a trained agent::
 
-    python -m benchmarks.pictures --agents runs/agents --out docs/images
+    python -m benchmarks.pictures CartPole-v1=runs/agents/CartPole-v1_ezv2_seed0.zip --out docs/images
 
-The commands of the training are in docs/guide/plotting.rst. What is drawn for a task is in :data:`PICTURES`; tasks without an
-agent are left out.
+Agents are trained with ``python -m benchmarks.learn --save-agent``, see docs/guide/plotting.rst. What is drawn for a task is in
+:data:`PICTURES`.
 """
 
 import argparse
@@ -15,7 +15,6 @@ from pathlib import Path
 import torch as th
 
 from benchmarks.envs import make_vec_env
-from benchmarks.plots import read_rows
 from sb3_ezv2 import EZV2
 from sb3_ezv2.introspection import play
 from sb3_ezv2.observations import apply
@@ -25,20 +24,18 @@ from sb3_ezv2.plotting import plot_episode, plot_rollout, plot_search
 PICTURES: dict[str, tuple[str, int, list[str] | None, tuple[str, ...]]] = {
     "CartPole-v1": ("cartpole", 20, ["left", "right"], ("search", "rollout", "episode")),
     "Pendulum-v1": ("pendulum", 20, None, ("search", "rollout", "episode")),
-    "PointMass2D-v0": ("pointmass", 4, None, ("search",)),
+    "PointMass2D-v0": ("pointmass", 4, None, ("search", "rollout", "episode")),
     "benchmarks.catch:CatchPixels-v0": ("catch", 7, ["left", "stay", "right"], ("search", "rollout")),
 }
 
 
-def draw(agent: Path, out: Path, seed: int) -> None:
+def draw(task: str, agent: Path, out: Path, seed: int) -> None:
     """
+    :param task: a key of :data:`PICTURES`
     :param agent: file of an agent
     :param out: folder of the pictures
     :param seed: of the episode that is looked at
     """
-    task = read_rows([agent.with_suffix(".csv")])[-1]["task"]
-    if task not in PICTURES:
-        return
     name, step, action_names, kinds = PICTURES[task]
     model = EZV2.load(agent, device="cpu")
     episode = play(model, make_vec_env(task, 1), seed=seed)
@@ -53,23 +50,24 @@ def draw(agent: Path, out: Path, seed: int) -> None:
             figure = plot_episode(model, episode)
         path = out / f"{name}_{kind}.png"
         figure.savefig(path)
-        print(f"{path}  ({task}, seed {seed}, return {episode.rewards.sum():.1f} in {len(episode.rewards)} steps)")
+        print(f"{path}  ({task} after {model.num_timesteps} steps, episode {seed}: return {episode.rewards.sum():.1f} in {len(episode.rewards)} steps)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pictures", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--agents", type=Path, required=True, help="folder of benchmarks.learn --save-agent")
+    parser.add_argument("agents", nargs="+", metavar="TASK=FILE", help=f"trained agents of {', '.join(PICTURES)}")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
     parser.add_argument("--seed", type=int, default=10_000, help="of the episodes that are looked at (default: %(default)s)")
     options = parser.parse_args(arguments)
-    agents = [path for path in sorted(options.agents.glob("*.zip")) if path.with_suffix(".csv").exists()]
-    if not agents:
-        parser.error(f"there are no agents in {options.agents}: make some with benchmarks.learn --save-agent.")
+    pairs = [agent.partition("=")[::2] for agent in options.agents]
+    for task, file in pairs:
+        if task not in PICTURES or not Path(file).is_file():
+            parser.error(f"'{task}={file}' is not TASK=FILE with one of the tasks {', '.join(PICTURES)} and an agent's file.")
     th.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    for agent in agents:
-        draw(agent, options.out, options.seed)
+    for task, file in pairs:
+        draw(task, Path(file), options.out, options.seed)
     return 0
 
 

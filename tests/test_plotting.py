@@ -358,13 +358,13 @@ def test_the_commands_of_the_documentation(tmp_path: Path) -> None:
         returns.append(total)
     assert float(rows[0]["mean"]) == np.mean(returns)
 
-    assert pictures.main(["--agents", str(agents), "--out", str(tmp_path / "images")]) == 0
+    assert pictures.main([f"CartPole-v1={agents / name}.zip", "--out", str(tmp_path / "images")]) == 0
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == [
         "cartpole_episode.png",
         "cartpole_rollout.png",
         "cartpole_search.png",
     ]
     with pytest.raises(SystemExit):
-        pictures.main(["--agents", str(tmp_path), "--out", str(tmp_path)])
+        pictures.main([f"CartPole-v1={tmp_path}", "--out", str(tmp_path)])
     with pytest.raises(SystemExit):
         policy_head.main([str(tmp_path / "none.zip"), "--out", str(out)])
