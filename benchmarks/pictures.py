@@ -24,7 +24,7 @@ from sb3_ezv2.plotting import plot_episode, plot_rollout, plot_search
 PICTURES: dict[str, tuple[str, int, list[str] | None, tuple[str, ...]]] = {
     "CartPole-v1": ("cartpole", 20, ["left", "right"], ("search", "rollout", "episode")),
     "Pendulum-v1": ("pendulum", 20, None, ("search", "rollout", "episode")),
-    "PointMass2D-v0": ("pointmass", 4, None, ("search", "rollout", "episode")),
+    "PointMass2D-v0": ("pointmass", 4, None, ("search",)),
     "benchmarks.catch:CatchPixels-v0": ("catch", 7, ["left", "stay", "right"], ("search", "rollout")),
 }
 
