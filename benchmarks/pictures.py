@@ -3,8 +3,8 @@ The example pictures of the documentation, each task's from a trained agent::
 
     python -m benchmarks.pictures CartPole-v1=runs/agents/CartPole-v1_ezv2_seed0.zip --out docs/images
 
-Agents are trained with ``python -m benchmarks.learn --save-agent``, see docs/guide/plotting.rst. What is drawn for a task is in
-:data:`PICTURES`.
+Agents are trained with ``python -m benchmarks.learn --save-agent``, see docs/guide/plotting.rst. What is drawn for a task is
+in :data:`PICTURES`.
 """
 
 import argparse
@@ -50,7 +50,8 @@ def draw(task: str, agent: Path, out: Path, seed: int) -> None:
             figure = plot_episode(model, episode)
         path = out / f"{name}_{kind}.png"
         figure.savefig(path)
-        print(f"{path}  ({task} after {model.num_timesteps} steps, episode {seed}: return {episode.rewards.sum():.1f} in {len(episode.rewards)} steps)")
+        result = f"return {episode.rewards.sum():.1f} in {len(episode.rewards)} steps"
+        print(f"{path}  ({task} after {model.num_timesteps} steps, episode {seed}: {result})")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
