@@ -326,6 +326,17 @@ class EZV2(OffPolicyAlgorithm):
         except ValueError as error:
             raise explain_spaces(error) from None
 
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        n_simulations: int | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """As in SB3, by search; with ``n_simulations`` of this call, see :meth:`sb3_ezv2.policies.Ezv2Policy.predict`."""
+        return self.policy.predict(observation, state, episode_start, deterministic, n_simulations)
+
     def save(
         self,
         path: str | pathlib.Path | io.BufferedIOBase,

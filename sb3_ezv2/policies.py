@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
@@ -13,12 +13,15 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 
 from sb3_ezv2.augmentation import augment
-from sb3_ezv2.distributions import SupportSpec
+from sb3_ezv2.distributions import SquashedGaussian, SupportSpec, mode
 from sb3_ezv2.image_networks import ImageNetwork
 from sb3_ezv2.multi_discrete import first_category
 from sb3_ezv2.networks import BaseNetwork, Ezv2Network
 from sb3_ezv2.search import GumbelSearch, SearchResult, SearchSettings
-from sb3_ezv2.validation import check_images
+from sb3_ezv2.validation import check_images, check_integer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 DEFAULT_SUPPORT = SupportSpec(22025.0, 101, "symexp")
 """symlog +-10 in bins of 0.2, in units of the reward scale."""
@@ -110,6 +113,9 @@ class Ezv2Policy(BasePolicy):
         self.search = GumbelSearch(self.network, self.search_settings, bfloat16=search_dtype == "bfloat16")
         self.acting_search = GumbelSearch(self.acting_network, self.search_settings, bfloat16=search_dtype == "bfloat16")
         self.target_search = GumbelSearch(self.target_network, self.search_settings, bfloat16=search_dtype == "bfloat16")
+        # Of predict() with other numbers of simulations, each with a tree and storage of its own
+        self._other_searches: dict[int, GumbelSearch] = {}
+        self._n_simulations: int | None = None
         self.optimizer = self.optimizer_class(
             self.network.parameters(),
             lr=lr_schedule(1),  # type: ignore[call-arg]
@@ -157,6 +163,19 @@ class Ezv2Policy(BasePolicy):
         )
         return data
 
+    @classmethod
+    def load(cls, path: str, device: th.device | str = "auto") -> Self:
+        """
+        A policy that :meth:`save` wrote, which predicts by search without an agent, an environment or a replay buffer.
+
+        :param path: of the file
+        :param device: where the networks shall live
+        :raises TypeError: called on this base class
+        """
+        if cls is Ezv2Policy:
+            raise TypeError("load a policy with the class that it has: MlpPolicy.load(path) or CnnPolicy.load(path).")
+        return super().load(path, device)
+
     def augment(self, obs: Any, rng: np.random.Generator) -> Any:
         """
         :param obs: training observations, [..., observation] or a dictionary of such tensors
@@ -175,6 +194,49 @@ class Ezv2Policy(BasePolicy):
         """:return: the trained network and its copies"""
         return [self.network, self.acting_network, self.target_network, self.bootstrap_network]
 
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        n_simulations: int | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        Actions by search with the trained network, or by its policy head alone.
+
+        :param observation: one, or a batch of them
+        :param state: not used, as in SB3's policies without a memory
+        :param episode_start: not used
+        :param deterministic: no noise: the result depends on the observation, the weights and ``n_simulations`` alone.
+            Otherwise with noise as in training
+        :param n_simulations: of this call's searches; None: as many as in training. With fewer than ``n_sampled_actions`` only
+            so many candidates are looked at. 0: the policy head alone, its mode or a sample of it
+        :return: the actions as the environment takes them, and ``state``
+        :raises ValueError: ``n_simulations`` is no integer of at least 0, the observation is not of the space or not finite
+        """
+        if n_simulations is not None:
+            check_integer("n_simulations", n_simulations, 0, " or None")
+        self._n_simulations = n_simulations
+        try:
+            return super().predict(observation, state, episode_start, deterministic)
+        finally:
+            self._n_simulations = None
+
+    def search_with(self, n_simulations: int | None = None) -> GumbelSearch:
+        """
+        :param n_simulations: of each search, at least 1; None: as many as in training
+        :return: a search with the trained network; the same one whenever the number is
+        :raises ValueError: ``n_simulations`` is not a positive integer
+        """
+        if n_simulations is None or n_simulations == self.search_settings.n_simulations:
+            return self.search
+        check_integer("n_simulations", n_simulations, 1, " or None")
+        if n_simulations not in self._other_searches:
+            settings = self.search_settings._replace(n_simulations=int(n_simulations))
+            self._other_searches[n_simulations] = GumbelSearch(self.network, settings, bfloat16=self.search.bfloat16)
+        return self._other_searches[n_simulations]
+
     def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         return self._predict(obs, deterministic=deterministic)
 
@@ -190,7 +252,7 @@ class Ezv2Policy(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
-        Search with the trained network.
+        Search with the trained network; in a call of :meth:`predict` with as many simulations as that says.
 
         :param observation: [B, ...]
         :param deterministic: no noise: the result depends on the observation and the weights alone. Otherwise a search with
@@ -202,7 +264,32 @@ class Ezv2Policy(BasePolicy):
         if not all(th.isfinite(x).all() for x in tensors if x.is_floating_point()):
             raise ValueError("the observation has NaN or infinite entries: EZV2 cannot search from it")
         rng = None if deterministic else np.random.default_rng(int(th.randint(2**62, (1,))))
-        return self.to_env_actions(self.search.run(observation, rng).best())
+        if self._n_simulations == 0:
+            actions = self._head_actions(observation, rng)
+        else:
+            actions = self.search_with(self._n_simulations).run(observation, rng).best()
+        return self.to_env_actions(actions)
+
+    @th.no_grad()
+    def _head_actions(self, obs: PyTorchObs, rng: np.random.Generator | None) -> th.Tensor:
+        """
+        The policy without a search.
+
+        :param obs: [B, ...]
+        :param rng: of a sample; None: the mode
+        :return: int64 [B], or [B, A] in [-1, 1]
+        :raises ValueError: the network gave NaN or infinite values
+        """
+        self.network.eval()
+        head = self.network.policy_head(self.network.represent(obs))
+        if not th.isfinite(head).all():
+            raise ValueError("the policy head's outputs for the observations are NaN or infinite")
+        if rng is None:
+            return mode(head, self.network.discrete)
+        if self.network.discrete:
+            return (head + th.from_numpy(rng.gumbel(size=head.shape)).to(head)).argmax(-1)
+        noise = rng.standard_normal((len(head), self.network.action_dim), dtype=np.float32)
+        return SquashedGaussian(head).sample(th.from_numpy(noise).to(head.device))
 
     def to_env_actions(self, actions: th.Tensor) -> th.Tensor:
         """:return: discrete actions with the space's own start and type; continuous ones are still in [-1, 1]"""

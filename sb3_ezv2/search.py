@@ -260,6 +260,30 @@ class GumbelSearch:
         candidates = distribution.sample(th.from_numpy(root_noise).to(device), th.from_numpy(std_scale).to(device))
         return candidates, th.from_numpy(inner_noise).to(device)
 
+    def last_tree(self) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        """
+        The trees of the latest :meth:`run`; of its last piece, if it was searched in pieces.
+
+        :return: see :meth:`sb3_ezv2.ctree.Tree.nodes`; for Box actions float32 [B, N, A], the actions in [-1, 1] that lead to
+            the nodes (0 for the roots), otherwise None
+        :raises RuntimeError: nothing has been searched yet
+        """
+        if self._workspace is None:
+            raise RuntimeError("there is no tree yet: run() a search first")
+        nodes = self._workspace.tree.nodes()
+        if self.model.discrete:
+            return nodes, None
+        parent, action = nodes["parent"].astype(np.int64), nodes["action"].astype(np.int64)
+        num_roots = len(parent)
+        root = np.arange(num_roots)[:, None]
+        # Rows of the pool of candidates, see Tree.select
+        inner = num_roots * self.num_root_actions + ((parent - 1) * num_roots + root) * self.num_inner_actions + action
+        edges = np.where(parent == 0, root * self.num_root_actions + action, inner)
+        edges[:, 0] = 0
+        actions = self._workspace.actions.cpu().numpy()[edges]
+        actions[:, 0] = 0.0
+        return nodes, actions
+
     def _get_workspace(self, num_roots: int, state: th.Tensor) -> _Workspace:
         # The scale is read on every run: it is set after the first transitions have been seen
         min_q_range = MIN_Q_RANGE * float(self.model.reward_support.scale)

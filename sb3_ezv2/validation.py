@@ -166,10 +166,10 @@ def check_settings(settings: dict[str, Any]) -> None:
         "n_inner_actions",
         "acting_update_interval",
     ):
-        _check_integer(name, settings[name], 1)
+        check_integer(name, settings[name], 1)
     for name in ("learning_starts", "final_gradient_steps"):
-        _check_integer(name, settings[name], 0)
-    _check_integer("gradient_steps", settings["gradient_steps"], -1)
+        check_integer(name, settings[name], 0)
+    check_integer("gradient_steps", settings["gradient_steps"], -1)
     for name, least in (
         ("td_steps_age", 1),
         ("lr_decay_updates", 1),
@@ -178,7 +178,7 @@ def check_settings(settings: dict[str, Any]) -> None:
         ("fresh_transitions", 0),
     ):
         if settings[name] is not None:
-            _check_integer(name, settings[name], least, " or None")
+            check_integer(name, settings[name], least, " or None")
     if settings["td_steps_min"] > settings["td_steps"]:
         raise ValueError(
             f"td_steps_min ({settings['td_steps_min']}) must not be above td_steps ({settings['td_steps']}): the windows "
@@ -212,7 +212,14 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise ValueError(f"reanalyze_cache must be True or False, not {settings['reanalyze_cache']!r}.")
 
 
-def _check_integer(name: str, value: Any, least: int, alternative: str = "") -> None:
+def check_integer(name: str, value: Any, least: int, alternative: str = "") -> None:
+    """
+    :param name: of the setting
+    :param value: of the setting
+    :param least: smallest that is allowed
+    :param alternative: what else is allowed, as the message shall name it
+    :raises ValueError: it is none, or a smaller one
+    """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}{alternative}, not {value!r}.")
 

@@ -18,6 +18,7 @@ cdef extern from "tree.hpp" namespace "ezv2" nogil:
         void root_visits(int32_t*)
         void q_values(float*) except +
         void mean_depth(float*)
+        void nodes(int32_t*, float*)
 
 
 cdef class Tree:

@@ -276,3 +276,22 @@ cdef class Tree:
         cdef float[::1] out = np.empty(self._size(), dtype=np.float32)
         self.tree.mean_depth(&out[0])
         return np.asarray(out)
+
+    def nodes(self) -> dict[str, np.ndarray]:
+        """
+        The trees themselves, to look at: copies, with a column for each node in the order in which they were made, so that
+        column 0 is the root and a parent always comes before its children.
+
+        :return: of N = simulations so far + 1 nodes, int32 [B, N]: ``parent``, the column of a node's parent (-1: the root);
+            ``action``, index of the action that leads to it among its parent's candidates (-1: the root); ``visits``, simulations
+            that went through it, of the root all. float32 [B, N]: ``prior`` of that action; ``reward``, predicted for it; ``q``,
+            reward + discount * value; ``network_value``, the network's value of the node; ``value``, mean of that and of the
+            returns of the simulations beyond it. The root has prior 1, reward 0, and its value as ``q``
+        """
+        cdef int B = self._size(), N = self.tree.simulation + 1
+        cdef int32_t[:, :, ::1] integers = np.empty((B, N, 3), dtype=np.int32)
+        cdef float[:, :, ::1] numbers = np.empty((B, N, 5), dtype=np.float32)
+        self.tree.nodes(&integers[0, 0, 0], &numbers[0, 0, 0])
+        names = ("parent", "action", "visits"), ("prior", "reward", "q", "network_value", "value")
+        parts = zip(names, (np.asarray(integers), np.asarray(numbers)))
+        return {name: part[:, :, i].copy() for group, part in parts for i, name in enumerate(group)}

@@ -242,6 +242,25 @@ public:
         }
     }
 
+    // All nodes made so far, [B, simulation + 1]: integers [.., 3] (parent's slot, action, visits), which of a root are -1, -1 and
+    // the simulations; numbers [.., 5] (prior, reward and q of the edge above, the network's value, mean return).
+    void nodes(int32_t* integers, float* numbers) const {
+        for (int b = 0; b < B; ++b) {
+            for (int slot = 0; slot <= simulation; ++slot, integers += 3, numbers += 5) {
+                const Node& x = nodes_[size_t(b) * (S + 1) + slot];
+                const bool root = slot == 0;
+                integers[0] = root ? -1 : x.parent;
+                integers[1] = root ? -1 : x.action;
+                integers[2] = root ? simulation : x.visits;
+                numbers[0] = root ? 1.0f : x.prior;
+                numbers[1] = root ? 0.0f : x.reward;
+                numbers[3] = x.raw_value;
+                numbers[4] = static_cast<float>(x.return_sum / x.visits);
+                numbers[2] = root ? numbers[4] : static_cast<float>(x.q);
+            }
+        }
+    }
+
     void mean_depth(float* out) const {
         for (int b = 0; b < B; ++b) out[b] = static_cast<float>(roots_[b].depth_sum / double(std::max(1, simulation)));
     }
