@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import hashlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -36,13 +38,24 @@ class SearchCache:
     is searched once per refresh. Entries belong to a slot, to what was written there, and to a version of the network; a
     refresh makes all of them stale by one integer.
 
+    It is pickled with the buffer, and told from one of another agent by a digest of what made its searches.
+
     :param buffer: the replay buffer whose slots are meant
     :param num_candidates: K
     :param action_dim: A; None for discrete actions
+    :param digest: of the network and the settings of the searches as they are when it is called
     """
 
-    def __init__(self, buffer: SequenceReplayBuffer, num_candidates: int, action_dim: int | None):
+    def __init__(
+        self,
+        buffer: SequenceReplayBuffer,
+        num_candidates: int,
+        action_dim: int | None,
+        digest: Callable[[], bytes] = bytes,
+    ):
         size = len(buffer.stamps)
+        self.digest = digest
+        self.made_by = b""
         self.buffer = buffer
         self.version = 0
         # zeroed memory costs nothing before it is written to
@@ -51,6 +64,23 @@ class SearchCache:
         self.values = np.zeros(size, np.float32)
         self.policies = np.zeros((size, num_candidates), np.float32)
         self.candidates = None if action_dim is None else np.zeros((size, num_candidates, action_dim), np.float32)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Rows of slots that were never written to are not saved."""
+        state = {**self.__dict__, "made_by": self.digest()}
+        del state["digest"]
+        return {**state, **{name: self.buffer.written_rows(state[name]) for name in self._arrays()}}
+
+    def attach(self, buffer: SequenceReplayBuffer) -> None:
+        """After unpickling. :param buffer: with which it was pickled"""
+        self.buffer = buffer
+        for name, empty in self._arrays().items():
+            setattr(self, name, buffer.all_rows(getattr(self, name), empty))
+
+    def _arrays(self) -> dict[str, int]:
+        """:return: names of the arrays with a row for each slot, and what they hold before it is searched"""
+        arrays = {"versions": -1, "stamps": -1, "values": 0, "policies": 0}
+        return arrays if self.candidates is None else {**arrays, "candidates": 0}
 
     def hits(self, slots: np.ndarray) -> np.ndarray:
         """:param slots: int64 [n] :return: bool [n], where there is a search of this state under the present network"""
@@ -109,7 +139,18 @@ class Reanalyzer:
         self.cache: SearchCache | None = None
         if cache:
             num_candidates = 1 if best_action and not self.discrete else search.num_root_actions
-            self.cache = SearchCache(buffer, num_candidates, None if self.discrete else search.model.action_dim)
+            known = buffer.cache
+            if known is None or known.made_by != self._digest():
+                known = SearchCache(buffer, num_candidates, None if self.discrete else search.model.action_dim, self._digest)
+            self.cache = buffer.cache = known
+            self.cache.digest, self.cache.made_by = self._digest, b""
+
+    def _digest(self) -> bytes:
+        """:return: of all that the searches depend on: the target network, and the settings"""
+        digest = hashlib.blake2b(repr((self.search.settings, self.search.bfloat16, self.best_action)).encode())
+        for name, tensor in self.search.model.state_dict().items():  # type: ignore[attr-defined]
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.digest()
 
     def target_refreshed(self) -> None:
         """The target network has new weights: every search so far is stale."""
