@@ -21,6 +21,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ezv2.env_states import restore_env_states, save_env_states
 from sb3_ezv2.saving import READ_ERRORS, TEMPORARY, file_name, reading, replacing, unreadable
@@ -141,6 +142,13 @@ def latest_checkpoint(save_path: str | pathlib.Path, name_prefix: str = "rl_mode
     return (_checkpoints(folder, name_prefix, r"(_error)?\.zip") or [None])[-1]  # type: ignore[list-item]
 
 
+def _ended_processes(env: VecEnv) -> str:
+    """:return: which environments' processes have ended by themselves, in sentences"""
+    codes = [process.exitcode for process in getattr(env.unwrapped, "processes", [])]
+    ended = [(index, code) for index, code in enumerate(codes) if code is not None]
+    return "".join(f" The process of environment {index} has ended (exit code {code})." for index, code in ended)
+
+
 class FullCheckpointCallback(BaseCallback):
     """
     Writes checkpoints for ``EZV2.load_checkpoint``: agent, replay buffer, environments and random states in one file.
@@ -210,7 +218,8 @@ class FullCheckpointCallback(BaseCallback):
         older = _checkpoints(self.folder, self.name_prefix, r"_error\.zip")
         path = self._try_to_save("_error")
         if path is not None:
-            warnings.warn(f"The training was ended by {type(error).__name__}. The agent was saved to {path}")
+            ended = f"The training was ended by {type(error).__name__}.{_ended_processes(self.training_env)}"
+            warnings.warn(f"{ended} The agent was saved to {path}")
             for other in older:
                 if other != path:
                     other.unlink(missing_ok=True)

@@ -497,7 +497,14 @@ class EZV2(ResumableAlgorithm):
             with th.no_grad():
                 values = self.policy.network.values(apply(lambda x: x[:, 0], batch.observations))
             errors = (values - self._reanalyzer.td_values(batch)[:, 0]).abs()
+            self._update_priorities(slots, errors)
+
+    def _update_priorities(self, slots: np.ndarray, errors: th.Tensor) -> None:
+        assert self.replay_buffer is not None
+        try:
             self.replay_buffer.update_priorities(slots, errors.cpu().numpy())
+        except ValueError as error:
+            raise ValueError(f"update {self._n_updates + 1} at step {self.num_timesteps}: {error}") from None
 
     def _update(self, batch_size: int) -> None:
         assert self.replay_buffer is not None and self._reanalyzer is not None and self._generators is not None
@@ -531,7 +538,7 @@ class EZV2(ResumableAlgorithm):
                 "those before this update; a lower learning_rate or max_grad_norm, or rewards of a smaller range, may help."
             )
         policy.optimizer.step()
-        self.replay_buffer.update_priorities(batch.slots[:, 0], losses.value_error.cpu().numpy())
+        self._update_priorities(batch.slots[:, 0], losses.value_error)
 
         self._n_updates += 1
         if self.tau < 1.0:

@@ -102,7 +102,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         """
         rollout = replace(self._rollout, step=self._made_step())
         if rollout.step is not None and self._last_search is not None:
-            rollout.search = SearchResult(*(x if x is None else x.cpu() for x in self._last_search))
+            parts = self._last_search._asdict().items()
+            rollout.search = SearchResult(**{name: None if x is None else x.cpu() for name, x in parts})
         self._saved_progress = {
             "rollout": rollout,
             # Plain numbers: they are loaded on any device, and the sums go on exactly as they would have

@@ -47,6 +47,7 @@ def replacing(path: str | pathlib.Path, suffix: str) -> Iterator[IO[bytes]]:
     :param suffix: appended if the path has none
     :raises OSError: the file could not be written, with the reason; what was there before is unchanged
     """
+    target = pathlib.Path(path)
     try:
         target = target_path(path, suffix)
         unfinished = target.with_name(target.name + TEMPORARY)
@@ -60,8 +61,8 @@ def replacing(path: str | pathlib.Path, suffix: str) -> Iterator[IO[bytes]]:
             unfinished.unlink(missing_ok=True)
             raise
     except OSError as error:
-        there = "The file that is there is as it was." if os.path.exists(path) else "Nothing was written."
-        raise OSError(error.errno, f"saving failed ({error.strerror or error}). {there}", str(path)) from error
+        there = "The file that is there is as it was." if target.is_file() else "Nothing was written."
+        raise OSError(error.errno, f"saving failed ({error.strerror or error}). {there}", str(target)) from error
     _flush_folder(target.parent)
 
 
