@@ -37,6 +37,8 @@ class _Pickler(cloudpickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, (gym.Env, VecEnv, EzPickle)):
             raise UnsavableError(f"an attribute is or holds another environment, {type(obj).__name__}")
+        if isinstance(obj, io.IOBase) and not isinstance(obj, (io.BytesIO, io.StringIO)):
+            raise UnsavableError(f"an attribute is or holds an open file, {type(obj).__name__}")
         return super().reducer_override(obj)
 
 

@@ -9,12 +9,14 @@ import copy
 import io
 import pathlib
 import pickle
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
@@ -138,9 +140,12 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         :raises ValueError: the environment's spaces are not the agent's; the file is damaged or of another algorithm
         """
         check_agent_file(path, ("n_simulations", "unroll_steps", "td_steps"))
+        env = maybe_make_env(env, 0) if isinstance(env, str) else env
         try:
             model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         except ValueError as error:
+            if isinstance(error.__cause__, zipfile.BadZipFile):
+                raise unreadable(path, error.__cause__) from error
             raise explain_spaces(error) from None
         except READ_ERRORS as error:
             raise unreadable(path, error) from error
@@ -357,7 +362,12 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     ) -> None:
         """As in SB3. :raises ValueError: NaN or infinite values of an environment"""
         try:
-            check_transition(new_obs, reward, dones, infos, self.num_timesteps)
+            if (normalizer := self._vec_normalize_env) is None:
+                check_transition(new_obs, reward, dones, infos, self.num_timesteps)
+            else:
+                # One NaN is in the means by now, and makes everything that is normalised NaN
+                original = normalizer.get_original_obs(), normalizer.get_original_reward()
+                check_transition(*original, dones, infos, self.num_timesteps)
             super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         except BaseException:
             self._last_obs = None  # the episodes cannot go on after a step that is not there

@@ -54,7 +54,7 @@ def memory_growth(steps: int, every: int) -> tuple[int, list[int]]:
 
 
 def test_memory_is_flat() -> None:
-    growth, seen = memory_growth(2_400, 100)
+    growth, seen = memory_growth(1_200, 50)
     assert growth < 2e6, seen
 
 

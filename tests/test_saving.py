@@ -68,14 +68,27 @@ from common import TINY
 from sb3_ezv2 import EZV2
 from sb3_ezv2.checkpoint import FullCheckpointCallback
 torch.set_num_threads(1)
+
+class Telling(FullCheckpointCallback):
+    def _save(self, ending):
+        path = super()._save(ending)
+        print(self.model.num_timesteps, flush=True)
+        return path
+
 model = EZV2("MlpPolicy", "CartPole-v1", seed=0, **{**TINY, "learning_starts": 4})
 print("begins", flush=True)
-model.learn(100_000, callback=FullCheckpointCallback(2, sys.argv[1]))
+model.learn(100_000, callback=Telling(2, sys.argv[1]))
 """
 
 
-def kill_while_training(folder: Path, seconds: float) -> Path | None:
-    """Train in a process that saves every other step, and end it by SIGKILL. :return: the file that is left"""
+def kill_while_training(folder: Path, seconds: float) -> tuple[Path | None, int]:
+    """
+    Train in a process that saves every other step, and end it by SIGKILL.
+
+    :param folder: of its checkpoints
+    :param seconds: between the first one and the end
+    :return: the file that is left, and the last step that the process told it had saved
+    """
     command = [sys.executable, "-c", KILLED, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parent) as process:
         assert process.stdout is not None and process.stdout.readline() == b"begins\n"
@@ -83,15 +96,17 @@ def kill_while_training(folder: Path, seconds: float) -> Path | None:
             time.sleep(0.01)
         time.sleep(seconds)
         process.send_signal(signal.SIGKILL)
-    return latest_checkpoint(folder)
+        told = process.stdout.read().split()
+    return latest_checkpoint(folder), int(told[-1]) if told else 0
 
 
 def test_kill_at_random_moments_leaves_a_loadable_agent(tmp_path: Path) -> None:
     rng = np.random.default_rng()
     for trial in range(3):
-        path = kill_while_training(tmp_path / str(trial), rng.uniform(0, 0.3))
+        path, told = kill_while_training(tmp_path / str(trial), rng.uniform(0, 0.3))
         assert path is not None
         model = EZV2.load_checkpoint(path, env="CartPole-v1", device="cpu")
+        assert model.num_timesteps >= told
         assert model.replay_buffer is not None and model.replay_buffer.total_transitions == model.num_timesteps
         model.learn(6, reset_num_timesteps=False)
 
@@ -166,7 +181,7 @@ def bad_files(agent: EZV2, folder: Path) -> dict[str, tuple[Path, str]]:
         write(name, stream.getvalue(), message)
 
     for share in (0, 0.01, 0.5, 0.99):
-        write(f"truncated {share}", content[: int(share * len(content))], "is no saved agent, or a damaged one")
+        write(f"truncated {share}", content[: int(share * len(content))], "is no saved agent")
     write("random bytes", np.random.default_rng(0).bytes(5000), "is no saved agent, or a damaged one")
     rewrite("without data", "lacks the agent's settings", data=None)
     rewrite("without networks", "lacks the agent's settings", policy_pth=None)
