@@ -62,10 +62,12 @@ PICTURES: dict[str, Any] = dict(
     policy_kwargs=dict(net_arch=[8], channels=4, n_downsamples=2, head_channels=2, action_embedding_dim=2, projection_dim=8),
 )
 
+SHORT = dict(max_episode_steps=14)
+
 CASES: dict[str, tuple[Callable[[], VecEnv], dict[str, Any]]] = {
     "discrete": (lambda: make_vec_env("CartPole-v1", 1, seed=3), dict(learning_rate=lambda progress: 1e-3 * progress)),
-    "box": (lambda: make_vec_env("Pendulum-v1", 3, seed=3), dict(gradient_steps=-1, train_freq=2)),
-    "normalized": (lambda: VecNormalize(make_vec_env("Pendulum-v1", 2, seed=3)), dict(tau=1.0)),
+    "box": (lambda: make_vec_env("Pendulum-v1", 3, seed=3, env_kwargs=SHORT), dict(gradient_steps=-1, train_freq=2)),
+    "normalized": (lambda: VecNormalize(make_vec_env("Pendulum-v1", 2, seed=3, env_kwargs=SHORT)), dict(tau=1.0)),
     "images": (_frames, PICTURES),
     "processes": (
         lambda: VecNormalize(make_vec_env("CartPole-v1", 2, seed=3, vec_env_cls=SubprocVecEnv)),
