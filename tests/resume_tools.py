@@ -45,7 +45,7 @@ class Stubborn(SpacesEnv):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         gym.Env.reset(self, seed=seed)
         self.steps = 0
-        self.file = open(__file__)  # noqa: SIM115
+        self.file = open(__file__)
         return self.np_random.uniform(-1, 1, 3).astype(np.float32), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:

@@ -143,7 +143,7 @@ def full_disks(count: int, folder: Path) -> tuple[int, list[str]]:
 def memory(steps: int, folder: Path) -> tuple[int, list[str]]:
     """:return: steps, and what grew"""
     growth, seen = memory_growth(steps, max(1, steps // 60))
-    print(f"    memory from {seen[0] / 1e6:.1f} to {seen[-1] / 1e6:.1f} MB, last third over first third {growth / 1e6:+.1f} MB")
+    print(f"    memory from {seen[0] / 1e6:.1f} to {seen[-1] / 1e6:.1f} MB, last third over first {growth / 1e6:+.1f} MB")
     return steps, [f"{growth / 1e6:.1f} MB"] if growth > 4e6 else []
 
 
@@ -177,6 +177,7 @@ def main() -> int:
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
     random.seed(seed)
     th.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process may have been told to ignore it
     warnings.simplefilter("ignore")
     np.seterr(all="ignore")
     print(f"seed {seed}")

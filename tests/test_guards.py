@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 
 from sb3_ezv2 import EZV2
 from sb3_ezv2.checkpoint import FullCheckpointCallback, latest_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def sigint() -> Iterator[None]:
+    """A process in the background may have been told to ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def make(env: Any = "CartPole-v1", **settings: Any) -> EZV2:

@@ -119,7 +119,7 @@ def test_a_file_size_limit_keeps_the_last_file(agent: EZV2, tmp_path: Path, save
     for limit in (1000, len(before) // 2, len(before) - 1000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
         try:
-            with pytest.raises(OSError, match="saving failed .* The file that is there is as it was"):
+            with pytest.raises(OSError, match=r"saving failed .* The file that is there is as it was"):
                 getattr(agent, save)(tmp_path / "file.zip")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -137,7 +137,7 @@ def test_training_goes_on_when_a_checkpoint_cannot_be_written(tmp_path: Path, mo
         save_checkpoint(model, path, **settings)
 
     monkeypatch.setattr("sb3_ezv2.checkpoint.save_checkpoint", fail)
-    with pytest.warns(UserWarning, match="No checkpoint at step 40: .*No space left on device"):
+    with pytest.warns(UserWarning, match=r"No checkpoint at step 40: .*No space left on device"):
         make(learning_starts=60).learn(60, callback=FullCheckpointCallback(20, tmp_path))
     assert files(tmp_path) == ["rl_model_20_steps.zip", "rl_model_60_steps.zip"]
 
@@ -146,7 +146,7 @@ def test_folders_that_cannot_be_written_to(agent: EZV2, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"no folder")
     for path in (tmp_path / "file" / "agent", Path("/proc/agent"), Path("/proc/nowhere/agent.zip")):
         for save in (agent.save, agent.save_replay_buffer, agent.save_checkpoint):
-            with pytest.raises(OSError, match="saving failed .*Nothing was written"):
+            with pytest.raises(OSError, match=r"saving failed .*Nothing was written"):
                 save(path)
     with pytest.raises(OSError):
         make().learn(10, callback=FullCheckpointCallback(5, "/proc/agents"))
@@ -207,13 +207,11 @@ def _weights(weights: dict[str, th.Tensor]) -> bytes:
 
 def test_damaged_and_foreign_files(agent: EZV2, tmp_path: Path) -> None:
     for name, (path, message) in bad_files(agent, tmp_path).items():
-        for load in (
-            lambda: EZV2.load(path, device="cpu"),
-            lambda: EZV2.load_checkpoint(path, env="CartPole-v1", device="cpu"),
-        ):
-            with pytest.raises(ValueError, match=message):
-                load()
-                pytest.fail(name)
+        with pytest.raises(ValueError, match=message):
+            EZV2.load(path, device="cpu")
+            pytest.fail(name)
+        with pytest.raises(ValueError, match=message):
+            EZV2.load_checkpoint(path, env="CartPole-v1", device="cpu")
         with open(path, "rb") as file, pytest.raises(ValueError, match=message):
             EZV2.load(file, device="cpu")
     with pytest.raises(FileNotFoundError):
@@ -267,7 +265,7 @@ def test_environment_that_cannot_give_up_its_state(tmp_path: Path) -> None:
     model = make(make_vec_env(Stubborn, 2, seed=1)).learn(50)
     with pytest.warns(UserWarning, match=r"environment 0 \(resume_tools.Stubborn: .*TextIOWrapper.*Resumable"):
         model.save_checkpoint(tmp_path / "checkpoint")
-    with pytest.warns(UserWarning, match="cannot be taken up again .* closed as truncated"):
+    with pytest.warns(UserWarning, match=r"cannot be taken up again .* closed as truncated"):
         loaded = EZV2.load_checkpoint(tmp_path / "checkpoint", env=make_vec_env(Stubborn, 2))
     loaded.learn(20, reset_num_timesteps=False)
     buffer = loaded.replay_buffer
@@ -278,7 +276,7 @@ def test_environment_that_cannot_give_up_its_state(tmp_path: Path) -> None:
 
 def test_other_environments_than_those_of_the_checkpoint(tmp_path: Path) -> None:
     make(VecNormalize(make_vec_env("CartPole-v1", 2))).learn(44).save_checkpoint(tmp_path / "checkpoint")
-    with pytest.raises(ValueError, match="wrapped in .*VecNormalize when the checkpoint was saved, and are in nothing now"):
+    with pytest.raises(ValueError, match=r"wrapped in .*VecNormalize when the checkpoint was saved, and are in nothing now"):
         EZV2.load_checkpoint(tmp_path / "checkpoint", env=make_vec_env("CartPole-v1", 2))
     with pytest.raises(ValueError, match="checkpoint is of 2 environments, but there are 3"):
         EZV2.load_checkpoint(tmp_path / "checkpoint", env=VecNormalize(make_vec_env("CartPole-v1", 3)))
