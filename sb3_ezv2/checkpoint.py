@@ -154,9 +154,9 @@ class FullCheckpointCallback(BaseCallback):
     Writes checkpoints for ``EZV2.load_checkpoint``: agent, replay buffer, environments and random states in one file.
 
     They are written after every ``save_freq`` calls of ``env.step()``, between two updates; when the training ends, or a
-    callback or Ctrl-C stops it; and when it fails, under the ending ``_steps_error.zip``. A process that is killed at any moment
-    leaves the last complete one. A file that cannot be written while training goes on, for instance on a full disk, is a
-    warning alone.
+    callback or Ctrl-C stops it; and when it fails, under the ending ``_steps_error.zip``. A process that is killed at any
+    moment leaves the last complete one. A file that cannot be written while training goes on, for instance on a full disk, is
+    a warning alone.
 
     :param save_freq: calls of ``env.step()`` between two checkpoints; with n environments a call is n steps
     :param save_path: the folder

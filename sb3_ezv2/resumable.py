@@ -104,8 +104,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         """
         rollout = replace(self._rollout, step=self._made_step())
         if rollout.step is not None and self._last_search is not None:
-            parts = self._last_search._asdict().items()
-            rollout.search = SearchResult(**{name: None if x is None else x.cpu() for name, x in parts})
+            parts = {name: x.cpu() for name, x in self._last_search._asdict().items() if x is not None}
+            rollout.search = self._last_search._replace(**parts)
         self._saved_progress = {
             "rollout": rollout,
             # Plain numbers: they are loaded on any device, and the sums go on exactly as they would have

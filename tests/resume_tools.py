@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import random
 import sys
@@ -40,7 +39,7 @@ class Stubborn(SpacesEnv):
 
     def __init__(self) -> None:
         super().__init__(spaces.Box(-1.0, 1.0, (3,), np.float32), spaces.Discrete(2), length=15)
-        self.file = io.StringIO()
+        self.file: Any = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         gym.Env.reset(self, seed=seed)
@@ -50,7 +49,7 @@ class Stubborn(SpacesEnv):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         _, *rest = super().step(action)
-        return (self.np_random.uniform(-1, 1, 3).astype(np.float32), *rest)
+        return self.np_random.uniform(-1, 1, 3).astype(np.float32), *rest  # type: ignore[return-value]
 
 
 def _frames() -> VecEnv:
@@ -62,7 +61,7 @@ PICTURES: dict[str, Any] = dict(
     policy_kwargs=dict(net_arch=[8], channels=4, n_downsamples=2, head_channels=2, action_embedding_dim=2, projection_dim=8),
 )
 
-SHORT = dict(max_episode_steps=14)
+SHORT, FORK = dict(max_episode_steps=14), dict(start_method="fork")
 
 CASES: dict[str, tuple[Callable[[], VecEnv], dict[str, Any]]] = {
     "discrete": (lambda: make_vec_env("CartPole-v1", 1, seed=3), dict(learning_rate=lambda progress: 1e-3 * progress)),
@@ -70,7 +69,7 @@ CASES: dict[str, tuple[Callable[[], VecEnv], dict[str, Any]]] = {
     "normalized": (lambda: VecNormalize(make_vec_env("Pendulum-v1", 2, seed=3, env_kwargs=SHORT)), dict(tau=1.0)),
     "images": (_frames, PICTURES),
     "processes": (
-        lambda: VecNormalize(make_vec_env("CartPole-v1", 2, seed=3, vec_env_cls=SubprocVecEnv)),
+        lambda: VecNormalize(make_vec_env("CartPole-v1", 2, seed=3, vec_env_cls=SubprocVecEnv, vec_env_kwargs=FORK)),
         dict(mixed_value_start=20, fresh_transitions=30),
     ),
     "episodes": (lambda: make_vec_env("CartPole-v1", 1, seed=3), dict(train_freq=(1, "episode"), gradient_steps=5)),
@@ -138,7 +137,7 @@ def digest(model: EZV2) -> dict[str, Any]:
     buffer, cache = model.replay_buffer, model._reanalyzer.cache
     assert cache is not None and buffer.cache is cache
     optimizer = model.policy.optimizer.state_dict()
-    parts = {f"weights/{name}": of(tensor) for name, tensor in model.policy.state_dict().items()}
+    parts: dict[str, Any] = {f"weights/{name}": of(tensor) for name, tensor in model.policy.state_dict().items()}
     parts["optimizer"] = of(*[x for entry in optimizer["state"].values() for x in entry.values()])
     names = ("actions", "rewards", "kinds", "stamps", "episodes", "transitions", "weights", "written", "waiting")
     parts.update({f"replay/{name}": of(getattr(buffer, name)) for name in names})
@@ -157,7 +156,7 @@ def digest(model: EZV2) -> dict[str, Any]:
     parts["statistics"] = repr([(info["r"], info["l"]) for info in model.ep_info_buffer or ()])
     parts["running means"] = repr({name: float(total) / count for name, (total, count) in model._stats.items()})
     parts["observation"] = of(*[np.asarray(model._last_obs)])
-    normalizer = model.get_vec_normalize_env()
+    normalizer: Any = model.get_vec_normalize_env()
     if normalizer is not None:
         parts["normalizer"] = of(normalizer.obs_rms.mean, normalizer.obs_rms.var, normalizer.ret_rms.var, normalizer.returns)
     return parts
