@@ -127,7 +127,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     def load(  # type: ignore[override]
         cls,
         path: str | pathlib.Path | io.BufferedIOBase,
-        env: GymEnv | None = None,
+        env: GymEnv | str | None = None,
         device: th.device | str = "auto",
         custom_objects: dict[str, Any] | None = None,
         print_system_info: bool = False,
@@ -135,7 +135,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         **kwargs: Any,
     ) -> Self:
         """
-        As in SB3.
+        As in SB3; the environment may be an id registered in Gym, too.
 
         :raises ValueError: the environment's spaces are not the agent's; the file is damaged or of another algorithm
         """
@@ -203,7 +203,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     def load_checkpoint(
         cls,
         path: str | pathlib.Path,
-        env: GymEnv,
+        env: GymEnv | str,
         device: th.device | str = "auto",
         custom_objects: dict[str, Any] | None = None,
         **kwargs: Any,
