@@ -22,6 +22,7 @@ PIP_INSTALL = PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=constraints.txt PIP
 help:
 	@echo "make demo            train EZV2 on CartPole-v1, evaluate, save and draw (under five minutes with the installation)"
 	@echo "make test            run the tests"
+	@echo "make soak            the long form of the tests of crashes, interruptions and long runs (a quarter of an hour)"
 	@echo "make sanitize        run the tests of the compiled parts with AddressSanitizer (gcc)"
 	@echo "make venv            only make the virtual environment, with all that tests and code checks need"
 	@echo "make format          sort imports and format with black"
@@ -67,8 +68,8 @@ $(VENV)/.installed-docs: $(VENV)/.torch $(BUILD_INPUTS)
 
 # One thread: these networks are small, so that more threads mostly wait for each other, and on a busy machine many times
 # longer than they compute.
-demo test: export OMP_NUM_THREADS = 1
-demo test: export MKL_NUM_THREADS = 1
+demo test soak: export OMP_NUM_THREADS = 1
+demo test soak: export MKL_NUM_THREADS = 1
 
 demo: $(FOR_DEMO)
 	$(PY) -m benchmarks.demo
@@ -77,6 +78,10 @@ demo: $(FOR_DEMO)
 test: export JAX_PLATFORMS = cpu
 test: $(FOR_TESTS)
 	$(PY) -m pytest -q tests
+
+# The result of a run is in docs/guide/saving.rst.
+soak: $(FOR_TESTS)
+	$(PY) tests/soak.py
 
 sanitize: $(FOR_TESTS)
 	PY="$(abspath $(PY))" tests/sanitize.sh
@@ -115,4 +120,4 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f sb3_ezv2/ctree/_*.so sb3_ezv2/ctree/_*.pyd sb3_ezv2/ctree/_*.cpp
 
-.PHONY: help venv demo test sanitize mypy type lint format check-codestyle commit-checks docs dist clean
+.PHONY: help venv demo test soak sanitize mypy type lint format check-codestyle commit-checks docs dist clean

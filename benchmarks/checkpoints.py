@@ -1,14 +1,11 @@
-"""Saved states of unfinished runs: the agent, its replay buffer and the random generators."""
+"""Saved states of unfinished runs of any algorithm: the agent, its replay buffer, and what the run needs besides."""
 
 import pickle
-import random
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 
@@ -65,18 +62,3 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
         if self.root.is_dir() and [path.name for path in self.root.iterdir()] == [".gitignore"]:
             shutil.rmtree(self.root)
-
-
-def random_states() -> dict[str, Any]:
-    """The states of the process's generators."""
-    cuda = th.cuda.get_rng_state_all() if th.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": th.get_rng_state(), "cuda": cuda}
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Undo whatever was drawn since :func:`random_states`."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    th.set_rng_state(states["torch"])
-    if states["cuda"]:
-        th.cuda.set_rng_state_all(states["cuda"])

@@ -1,7 +1,6 @@
 """Environments of the benchmarks: how any task is built, and a two-dimensional Box task without extra dependencies."""
 
 import os
-from copy import deepcopy
 from typing import Any
 
 import gymnasium as gym
@@ -10,6 +9,8 @@ from gymnasium import spaces
 from gymnasium.wrappers import FlattenObservation
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_ezv2.wrappers import Resumable
 
 
 class PointMass2D(gym.Env[np.ndarray, np.ndarray]):
@@ -58,62 +59,6 @@ if "PointMass2D-v0" not in gym.registry:
     gym.register("PointMass2D-v0", entry_point="benchmarks.envs:PointMass2D", max_episode_steps=100)
 
 
-class Resumable(gym.Wrapper[Any, Any, Any, Any]):
-    """
-    Remembers what rebuilds the running episode: the random generator before its reset, and the actions since.
-
-    Few simulators can be pickled in the middle of an episode, nearly all can be replayed. A training run that
-    was stopped and goes on in the same episode gives the results of one that was never stopped.
-    """
-
-    def __init__(self, env: gym.Env[Any, Any]):
-        super().__init__(env)
-        self._generator: Any = None
-        self._reset_arguments: dict[str, Any] = {}
-        self._actions: list[Any] = []
-        self._observation: Any = None
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        self._generator = None if seed is not None else deepcopy(self.env.unwrapped.np_random)
-        self._reset_arguments = {"seed": seed, "options": options}
-        self._actions = []
-        self._observation, info = self.env.reset(seed=seed, options=options)
-        return self._observation, info
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        self._actions.append(deepcopy(action))
-        result = self.env.step(action)
-        self._observation = result[0]
-        return result
-
-    def snapshot(self) -> dict[str, Any]:
-        """What :meth:`restore` needs, as one picklable dictionary."""
-        return {
-            "generator": deepcopy(self._generator),
-            "reset_arguments": self._reset_arguments,
-            "actions": list(self._actions),
-            "observation": deepcopy(self._observation),
-        }
-
-    def restore(self, snapshot: dict[str, Any]) -> bool:
-        """
-        Replay the episode of ``snapshot``.
-
-        :param snapshot: what :meth:`snapshot` returned, in this process or an earlier one
-        :return: whether the environment is again where it was; False if it does not repeat itself
-        """
-        if snapshot["generator"] is not None:
-            self.env.unwrapped.np_random = deepcopy(snapshot["generator"])
-        self.reset(**snapshot["reset_arguments"])
-        over = False
-        for action in snapshot["actions"]:
-            if over:
-                return False
-            _, _, terminated, truncated, _ = self.step(action)
-            over = terminated or truncated
-        return not over and bool(np.array_equal(self._observation, snapshot["observation"]))
-
-
 def make_env(env_id: str, action_repeat: int = 1, env_kwargs: dict[str, Any] | None = None) -> Resumable:
     """
     Build one environment of a task.
@@ -121,7 +66,8 @@ def make_env(env_id: str, action_repeat: int = 1, env_kwargs: dict[str, Any] | N
     :param env_id: any Gymnasium id; those of the DeepMind control suite are ``dm_control/<domain>-<task>-v0``
     :param action_repeat: how often each action is applied; rewards are summed
     :param env_kwargs: what else ``gymnasium.make`` shall pass to the environment
-    :return: the environment, with dictionary observations flattened, wrapped in SB3's ``Monitor`` and in :class:`Resumable`
+    :return: the environment, with dictionary observations flattened, wrapped in SB3's ``Monitor`` and in
+        :class:`sb3_ezv2.wrappers.Resumable`
     """
     if env_id.startswith("dm_control/"):
         # States need no rendering; without this dm_control looks for OpenGL, which a bare machine lacks.

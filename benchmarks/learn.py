@@ -36,11 +36,12 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from benchmarks.checkpoints import Checkpoints, random_states, set_random_states
+from benchmarks.checkpoints import Checkpoints
 from benchmarks.envs import make_vec_env
 from benchmarks.plots import COLUMNS, Row, draw, read_rows, summary
 from benchmarks.provenance import commit, machine
 from benchmarks.settings import SMALL
+from sb3_ezv2.checkpoint import random_states, set_random_states
 
 #: Where each algorithm is found. All but the first are baselines to compare with.
 ALGORITHMS = {
@@ -332,7 +333,7 @@ def _load(run: Run, env: DummyVecEnv, folder: Path, state: dict[str, Any]) -> Ba
         print(f"{run.task} does not repeat itself, so the training goes on with a new episode.", flush=True)
     model = algorithm(run.algo).load(folder / "agent.zip", env=env, device=run.device, force_reset=not all(repeats))
     if (folder / "replay_buffer.pkl").exists():
-        model.load_replay_buffer(folder / "replay_buffer.pkl")  # type: ignore[attr-defined]
+        model.load_replay_buffer(folder / "replay_buffer.pkl", truncate_last_traj=not all(repeats))  # type: ignore[attr-defined]
     # load() has seeded everything anew.
     model.action_space = state["action_space"]
     set_random_states(state["random"])

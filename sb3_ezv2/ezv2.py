@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import os
-import pathlib
-from collections.abc import Iterable
+import copy
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +11,6 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
 from stable_baselines3.common.utils import update_learning_rate
@@ -26,20 +22,19 @@ from sb3_ezv2.observations import apply
 from sb3_ezv2.policies import PREFIX_WINDOW, CnnPolicy, Ezv2Policy, MlpPolicy, MultiInputPolicy
 from sb3_ezv2.reanalyze import Reanalyzer, learns_best_action
 from sb3_ezv2.replay_buffer import RUNNING, SequenceReplayBuffer
+from sb3_ezv2.resumable import OpenRollout, ResumableAlgorithm
 from sb3_ezv2.schedules import LONGEST_TARGET_UPDATE_INTERVAL, learning_rate_factor, plan_run, planned_updates
-from sb3_ezv2.search import SearchResult, SearchSettings
+from sb3_ezv2.search import SearchSettings
 from sb3_ezv2.validation import (
     check_finite,
     check_memory,
     check_options,
     check_settings,
     check_spaces,
-    check_transition,
-    explain_spaces,
 )
 
 
-class EZV2(OffPolicyAlgorithm):
+class EZV2(ResumableAlgorithm):
     """
     EfficientZero V2: planning by Gumbel search in a learned model, for discrete and continuous actions.
     Paper: https://arxiv.org/abs/2403.00564
@@ -119,7 +114,6 @@ class EZV2(OffPolicyAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
     policy: Ezv2Policy
-    replay_buffer: SequenceReplayBuffer | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -232,9 +226,6 @@ class EZV2(OffPolicyAlgorithm):
         self._target_update_interval = LONGEST_TARGET_UPDATE_INTERVAL
         self._generators: dict[str, np.random.Generator] | None = None
         self._reanalyzer: Reanalyzer | None = None
-        self._last_search: SearchResult | None = None
-        # Sums of device tensors and their counts, read once per log interval
-        self._stats: dict[str, tuple[th.Tensor, int]] = {}
         if _init_setup_model:
             self._setup_model()
 
@@ -255,11 +246,11 @@ class EZV2(OffPolicyAlgorithm):
         check_settings(self.__dict__)
         self._convert_train_freq()
         self._setup_lr_schedule()
-        restored = self._generators
+        restored, sampled_space = self._generators, copy.deepcopy(self.action_space)
         self.set_random_seed(self.seed)
         if restored is not None:
             # of a loaded agent: its random streams go on where they were
-            self._generators = restored
+            self._generators, self.action_space = restored, sampled_space
         elif self._generators is None:
             self._seed_generators(int(np.random.randint(2**31)))
         self.policy = self.policy_class(  # type: ignore[assignment]
@@ -304,27 +295,10 @@ class EZV2(OffPolicyAlgorithm):
         self._generators = {name: np.random.default_rng(stream) for name, stream in zip(names, streams)}
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_reanalyzer", "_last_search", "_stats"]
+        return [*super()._excluded_save_params(), "_reanalyzer"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
-
-    @classmethod
-    def load(  # type: ignore[override]
-        cls,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        env: GymEnv | None = None,
-        device: th.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        print_system_info: bool = False,
-        force_reset: bool = True,
-        **kwargs: Any,
-    ) -> EZV2:
-        """As in SB3. :raises ValueError: the environment's spaces are not the agent's"""
-        try:
-            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-        except ValueError as error:
-            raise explain_spaces(error) from None
 
     def predict(
         self,
@@ -336,33 +310,6 @@ class EZV2(OffPolicyAlgorithm):
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """As in SB3, by search; with ``n_simulations`` of this call, see :meth:`sb3_ezv2.policies.Ezv2Policy.predict`."""
         return self.policy.predict(observation, state, episode_start, deterministic, n_simulations)
-
-    def save(
-        self,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """
-        Save all the attributes of the object and the model parameters in a zip-file. A file of that name is replaced
-        only when the new one is complete.
-
-        :param path: path to the file where the rl agent should be saved
-        :param exclude: name of parameters that should be excluded in addition to the default ones
-        :param include: name of parameters that might be excluded but should be included anyway
-        """
-        if not isinstance(path, (str, pathlib.Path)):
-            super().save(path, exclude, include)
-            return
-        target = pathlib.Path(path)
-        if target.suffix == "":
-            target = target.with_suffix(".zip")
-        unfinished = target.with_name(f"{target.name}.tmp")
-        try:
-            super().save(unfinished, exclude, include)
-            os.replace(unfinished, target)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     def _setup_learn(
         self,
@@ -386,7 +333,10 @@ class EZV2(OffPolicyAlgorithm):
         if self._reanalyzer is None or self._reanalyzer.buffer is not self.replay_buffer:
             self._reanalyzer = self._make_reanalyzer(self.replay_buffer)
         self._plan(planned_steps)
-        self._stats = {}
+        if env_is_reset:
+            self._rollout = OpenRollout()
+        if reset_num_timesteps:
+            self._stats = {}
         total_timesteps, callback = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
@@ -452,6 +402,12 @@ class EZV2(OffPolicyAlgorithm):
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
+        self._interrupt.check()
+        actions, buffer_actions = self._choose_action(learning_starts, n_envs)
+        self._begin_step(buffer_actions)
+        return actions, buffer_actions
+
+    def _choose_action(self, learning_starts: int, n_envs: int) -> tuple[np.ndarray, np.ndarray]:
         """
         Uniform actions before ``learning_starts``, then a search with the acting network.
 
@@ -487,7 +443,6 @@ class EZV2(OffPolicyAlgorithm):
         infos: list[dict[str, Any]],
     ) -> None:
         assert isinstance(replay_buffer, SequenceReplayBuffer)
-        check_transition(new_obs, reward, dones, infos, self.num_timesteps)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         if self._last_search is not None and self._acting_is_as_new_as_target():
             assert self._reanalyzer is not None
@@ -516,10 +471,11 @@ class EZV2(OffPolicyAlgorithm):
         if self.replay_buffer.num_sampleable == 0:
             return  # the very first transition, whose next observation is still to come
         self.policy.set_training_mode(True)
-        for _ in range(gradient_steps):
+        for update in range(gradient_steps):
+            if update > 0:
+                self._interrupt.check()
             self._update(batch_size)
         self.policy.set_training_mode(False)
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def _set_reward_scale(self) -> None:
         """The root mean square of the rewards so far becomes the unit of the supports: see ``reward_scale``."""
@@ -543,7 +499,14 @@ class EZV2(OffPolicyAlgorithm):
             with th.no_grad():
                 values = self.policy.network.values(apply(lambda x: x[:, 0], batch.observations))
             errors = (values - self._reanalyzer.td_values(batch)[:, 0]).abs()
+            self._update_priorities(slots, errors)
+
+    def _update_priorities(self, slots: np.ndarray, errors: th.Tensor) -> None:
+        assert self.replay_buffer is not None
+        try:
             self.replay_buffer.update_priorities(slots, errors.cpu().numpy())
+        except ValueError as error:
+            raise ValueError(f"update {self._n_updates + 1} at step {self.num_timesteps}: {error}") from None
 
     def _update(self, batch_size: int) -> None:
         assert self.replay_buffer is not None and self._reanalyzer is not None and self._generators is not None
@@ -577,7 +540,7 @@ class EZV2(OffPolicyAlgorithm):
                 "those before this update; a lower learning_rate or max_grad_norm, or rewards of a smaller range, may help."
             )
         policy.optimizer.step()
-        self.replay_buffer.update_priorities(batch.slots[:, 0], losses.value_error.cpu().numpy())
+        self._update_priorities(batch.slots[:, 0], losses.value_error)
 
         self._n_updates += 1
         if self.tau < 1.0:
@@ -615,6 +578,8 @@ class EZV2(OffPolicyAlgorithm):
         """
         Write log data: means over the log interval of the losses, targets and searches.
         """
+        if self._n_updates > 0:
+            self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, (total, count) in self._stats.items():
             self.logger.record(name, float(total) / count)
         self._stats = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,13 @@ class ObservationStore:
         if self.stacked:
             self.history = np.zeros(size, np.uint8)  # frames of the same episode before a slot's, as far as its stack goes
             self.repeats = np.zeros(size, bool)  # the frames before the episode are its first one, otherwise zeros
+
+    def map_rows(self, function: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
+        """:param function: of an array with a row for each slot :return: the attributes that hold such arrays, mapped"""
+        mapped: dict[str, Any] = {"arrays": {key: function(array) for key, array in self.arrays.items()}}
+        if self.stacked:
+            mapped.update(history=function(self.history), repeats=function(self.repeats))
+        return mapped
 
     def write(self, slots: np.ndarray, obs: Any, begins: np.ndarray) -> None:
         """

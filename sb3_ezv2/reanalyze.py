@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -39,10 +40,13 @@ class SearchCache:
     is searched once per refresh. Entries belong to a slot, to what was written there, and to a version of the network; a
     refresh makes all of them stale by one integer.
 
+    It is pickled with the buffer, and told from one of another agent by a digest of what made its searches.
+
     :param buffer: the replay buffer whose slots are meant
     :param num_candidates: K
     :param action_dim: numbers of one candidate; None for discrete actions
     :param action_dtype: of them
+    :param digest: of the network and the settings of the searches as they are when it is called
     """
 
     def __init__(
@@ -51,8 +55,11 @@ class SearchCache:
         num_candidates: int,
         action_dim: int | None,
         action_dtype: type[np.generic] = np.float32,
+        digest: Callable[[], bytes] = bytes,
     ):
         size = len(buffer.stamps)
+        self.digest = digest
+        self.made_by = b""
         self.buffer = buffer
         self.version = 0
         # zeroed memory costs nothing before it is written to
@@ -61,6 +68,23 @@ class SearchCache:
         self.values = np.zeros(size, np.float32)
         self.policies = np.zeros((size, num_candidates), np.float32)
         self.candidates = None if action_dim is None else np.zeros((size, num_candidates, action_dim), action_dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Rows of slots that were never written to are not saved."""
+        state = {**self.__dict__, "made_by": self.digest()}
+        del state["digest"]
+        return {**state, **{name: self.buffer.written_rows(state[name]) for name in self._arrays()}}
+
+    def attach(self, buffer: SequenceReplayBuffer) -> None:
+        """After unpickling. :param buffer: with which it was pickled"""
+        self.buffer = buffer
+        for name, empty in self._arrays().items():
+            setattr(self, name, buffer.all_rows(getattr(self, name), empty))
+
+    def _arrays(self) -> dict[str, int]:
+        """:return: names of the arrays with a row for each slot, and what they hold before it is searched"""
+        arrays = {"versions": -1, "stamps": -1, "values": 0, "policies": 0}
+        return arrays if self.candidates is None else {**arrays, "candidates": 0}
 
     def hits(self, slots: np.ndarray) -> np.ndarray:
         """:param slots: int64 [n] :return: bool [n], where there is a search of this state under the present network"""
@@ -137,7 +161,15 @@ class Reanalyzer:
             num_candidates = 1 if best_action and not self.discrete else search.num_root_actions
             dtype = np.int64 if search.model.category_sizes else np.float32
             width = len(search.model.category_sizes) or search.model.action_dim
-            self.cache = SearchCache(buffer, num_candidates, None if self.discrete else width, dtype)
+            known = buffer.cache
+            if known is None or known.made_by != self._digest():
+                known = SearchCache(buffer, num_candidates, None if self.discrete else width, dtype, self._digest)
+            self.cache = buffer.cache = known
+            self.cache.digest, self.cache.made_by = self._digest, b""
+
+    def _digest(self) -> bytes:
+        """:return: of all that the remembered searches depend on"""
+        return self.search.digest() + bytes([self.best_action])
 
     def target_refreshed(self) -> None:
         """The target network has new weights: every search so far is stale."""

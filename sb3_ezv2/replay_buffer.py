@@ -8,6 +8,7 @@ images every frame, see :mod:`sb3_ezv2.frames`), and a sequence is a run of neig
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,9 @@ RUNNING, TERMINATED, TRUNCATED = 0, 1, 2
 
 MIN_PRIORITY = 1e-6
 """Added to every priority, in the units of the rewards."""
+
+PER_SLOT = {"actions": 0, "rewards": 0, "kinds": 0, "stamps": -1, "episodes": -1, "transitions": 0, "weights": 0}
+"""Arrays of a replay buffer with a row for each slot, and what they hold before it is written to."""
 
 
 class Batch(NamedTuple):
@@ -141,6 +145,38 @@ class SequenceReplayBuffer(ReplayBuffer):
         self.total_transitions = 0
         self.last_slots = np.zeros(0, np.int64)  # [N] slots of the transitions added last
         self._fresh: list[np.ndarray] = []
+        self.cache: Any = None  # searches of the stored states (sb3_ezv2.reanalyze.SearchCache), which are saved with them
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Rows of slots that were never written to are not saved."""
+        state = self.__dict__.copy()
+        for name in PER_SLOT:
+            state[name] = self.written_rows(state[name])
+        state["store"] = copy.copy(self.store)
+        state["store"].__dict__.update(self.store.map_rows(self.written_rows))
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for name, empty in PER_SLOT.items():
+            setattr(self, name, self.all_rows(state[name], empty))
+        self.store.__dict__.update(self.store.map_rows(self.all_rows))
+        if self.cache is not None:
+            self.cache.attach(self)
+
+    def written_rows(self, array: np.ndarray) -> np.ndarray:
+        """:param array: [slots, ...] :return: [n_envs, n, ...], the slots that were written to, at most n of each"""
+        return array.reshape(self.n_envs, self.ring, *array.shape[1:])[:, : int(self.written.max())]
+
+    def all_rows(self, array: np.ndarray, empty: int = 0) -> np.ndarray:
+        """:param array: of :meth:`written_rows` :param empty: value of the other slots :return: [slots, ...]"""
+        if array.shape[1] == self.ring:
+            return array.reshape(-1, *array.shape[2:])
+        shape = (self.n_envs, self.ring, *array.shape[2:])
+        # Memory of zeros costs nothing before it is written to
+        rows = np.zeros(shape, array.dtype) if empty == 0 else np.full(shape, empty, array.dtype)
+        rows[:, : array.shape[1]] = array
+        return rows.reshape(-1, *array.shape[2:])
 
     @staticmethod
     def estimate_nbytes(
@@ -271,7 +307,8 @@ class SequenceReplayBuffer(ReplayBuffer):
         :raises ValueError: an error is NaN or infinite
         """
         if not np.isfinite(errors).all():
-            raise ValueError("a priority (absolute value error) is NaN or infinite")
+            env = int(slots[~np.isfinite(errors)][0]) // self.ring
+            raise ValueError(f"the priority (absolute value error) of a transition of environment {env} is NaN or infinite")
         self.weights[slots] = (np.abs(errors) + MIN_PRIORITY) ** self.alpha
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> Batch:  # type: ignore[override]

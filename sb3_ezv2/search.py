@@ -8,6 +8,7 @@ expand (:class:`sb3_ezv2.ctree.Tree`), the model makes one step from all of them
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,6 +121,13 @@ class GumbelSearch:
         # Storage and compiled code are made again when needed
         self.__dict__.update(state)
         self._forget()
+
+    def digest(self) -> bytes:
+        """:return: of all that a search depends on but its observation and noise: the settings and the network's weights"""
+        digest = hashlib.blake2b(repr((self.settings, self.bfloat16)).encode())
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.digest()
 
     @th.no_grad()
     def run(self, obs: PyTorchObs, rng: np.random.Generator | None) -> SearchResult:

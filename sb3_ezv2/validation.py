@@ -31,6 +31,26 @@ def check_options(options: dict[str, Any]) -> None:
         raise TypeError(UNSUPPORTED_OPTIONS.get(name, f"EZV2 has no argument {name!r}."))
 
 
+def check_replay_buffer(buffer: Any, buffer_class: type, observation_space: spaces.Space, action_space: spaces.Space) -> None:
+    """
+    :param buffer: read from a file
+    :param buffer_class: what it must be
+    :param observation_space: of the agent
+    :param action_space: of the agent
+    :raises ValueError: it is of another algorithm or for other spaces
+    """
+    if not isinstance(buffer, buffer_class):
+        raise ValueError(
+            f"the file holds a {type(buffer).__name__}, but EZV2 replays sequences: load a buffer that save_replay_buffer "
+            "of an EZV2 agent has written."
+        )
+    for name, space in (("observation", observation_space), ("action", action_space)):
+        if getattr(buffer, f"{name}_space") != space:
+            raise ValueError(
+                f"the {name} space of the replay buffer, {getattr(buffer, f'{name}_space')}, is not the agent's, {space}."
+            )
+
+
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
     """:raises ValueError: a space that EZV2 does not support"""
     if isinstance(action_space, spaces.Box):

@@ -95,8 +95,8 @@ def test_rows(tmp_path, capsys):
 @pytest.mark.parametrize("env", ["CartPole-v1", "PointMass2D-v0"])
 def test_goes_on_after_a_stop_as_if_it_never_stopped(tmp_path, env):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    # Searches that the agent remembers are not part of a checkpoint. Short episodes, so that evaluations take no time.
-    more = ("reanalyze_cache:False", "--save-agent", "--env-kwargs", "max_episode_steps:30")
+    # Short episodes, so that evaluations take no time.
+    more = ("--save-agent", "--env-kwargs", "max_episode_steps:30")
     assert learn.main(command(whole, *more, env=env)) == 0
 
     run = run_of(command(parts, *more, env=env))

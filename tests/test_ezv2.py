@@ -210,7 +210,6 @@ def test_save_load_goes_on_identically(tmp_path: Path, env_id: str) -> None:
     )
     # Both from a reset of equally seeded environments
     model.set_env(make_vec_env(env_id, 2, seed=1))
-    model._reanalyzer = None  # the searches that it remembers are not saved
     for agent in (model, loaded):
         agent.get_env().seed(1)  # type: ignore[union-attr]
         agent.learn(50, reset_num_timesteps=False)

@@ -52,6 +52,9 @@ class StubSearch:
         self.offset = 1000.0
         self.generators: list[Any] = []
 
+    def digest(self) -> bytes:
+        return str(self.offset).encode()
+
     def run(self, obs: th.Tensor, rng: Any) -> SearchResult:
         x = obs[:, 0]
         self.searched.append(x.tolist())
