@@ -16,8 +16,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule, TensorDict, TrainFreq
 from stable_baselines3.common.utils import update_learning_rate
+from stable_baselines3.common.vec_env import VecEnv
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_ezv2.frames import frames_per_observation
@@ -32,6 +33,8 @@ from sb3_ezv2.validation import (
     check_finite,
     check_memory,
     check_options,
+    check_policy,
+    check_replay_buffer,
     check_settings,
     check_spaces,
     check_transition,
@@ -248,6 +251,7 @@ class EZV2(OffPolicyAlgorithm):
                 f"EZV2 replays sequences: {self.replay_buffer_class.__name__} does not apply, "
                 "replay_buffer_class must be a subclass of sb3_ezv2.replay_buffer.SequenceReplayBuffer or None."
             )
+        check_policy(self.policy_class, Ezv2Policy, self.policy_kwargs)
         check_spaces(self.observation_space, self.action_space)
         check_settings(self.__dict__)
         self._convert_train_freq()
@@ -292,6 +296,8 @@ class EZV2(OffPolicyAlgorithm):
         super().set_random_seed(seed)
         if seed is not None:
             self._seed_generators(seed)
+            if self.replay_buffer is not None:
+                self.replay_buffer.rng = np.random.default_rng(self._replay_seed())
 
     def _seed_generators(self, seed: int) -> None:
         # Streams of their own, as numpy generators: they are saved with the agent, are the same on every device, and
@@ -299,6 +305,10 @@ class EZV2(OffPolicyAlgorithm):
         names = ("acting", "reanalyze", "losses", "replay", "augmentation")
         streams = np.random.SeedSequence(seed).spawn(len(names))
         self._generators = {name: np.random.default_rng(stream) for name, stream in zip(names, streams)}
+
+    def _replay_seed(self) -> int:
+        assert self._generators is not None
+        return int(self._generators["replay"].integers(2**63))
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_reanalyzer", "_last_search", "_stats"]
@@ -350,6 +360,34 @@ class EZV2(OffPolicyAlgorithm):
         finally:
             unfinished.unlink(missing_ok=True)
 
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """As in SB3."""
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        if self._reanalyzer is not None:
+            self._reanalyzer.target_refreshed()  # what it remembers are searches with other weights
+
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load a replay buffer from a pickle file.
+
+        :param path: Path to the pickled replay buffer.
+        :param truncate_last_traj: If set to ``True``, the episodes that were open when the buffer was saved are over,
+            and end by truncation. If set to ``False``, the environments are still in these episodes and go on with them.
+        :raises ValueError: it is no buffer of EZV2 or not of this agent's spaces; the agent keeps the one it had
+        """
+        before = self.replay_buffer
+        try:
+            super().load_replay_buffer(path, truncate_last_traj)
+            check_replay_buffer(self.replay_buffer, SequenceReplayBuffer, self.observation_space, self.action_space)
+        except Exception:
+            self.replay_buffer = before
+            raise
+        if truncate_last_traj:
+            assert self.replay_buffer is not None
+            self.replay_buffer.truncate_open_episodes()
+
     def _setup_learn(
         self,
         total_timesteps: int,
@@ -395,7 +433,7 @@ class EZV2(OffPolicyAlgorithm):
             self._warmup_updates = round(self.warmup_fraction * updates)
 
     def _make_replay_buffer(self) -> SequenceReplayBuffer:
-        assert self.replay_buffer_class is not None and self._generators is not None
+        assert self.replay_buffer_class is not None
         assert issubclass(self.replay_buffer_class, SequenceReplayBuffer)
         frame_stack = self.replay_buffer_kwargs.get("frame_stack", frames_per_observation(self.env))
         nbytes = self.replay_buffer_class.estimate_nbytes(
@@ -411,7 +449,7 @@ class EZV2(OffPolicyAlgorithm):
             td_steps_min=self.td_steps_min,
             alpha=self.priority_alpha,
             beta=self.priority_beta,
-            seed=int(self._generators["replay"].integers(2**63)),
+            seed=self._replay_seed(),
             frame_stack=frame_stack,
         )
         return self.replay_buffer_class(
@@ -438,6 +476,17 @@ class EZV2(OffPolicyAlgorithm):
         )
 
     # ------------------------------------------------------------------ collecting
+
+    def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kwargs: Any) -> RolloutReturn:
+        """As in SB3, which leaves without the last transition when a callback stops it: here it is stored, too."""
+        rollout = super().collect_rollouts(env, callback, *args, **kwargs)
+        if not rollout.continue_training:
+            # A sequence would otherwise go on with what another observation, perhaps of another episode, was followed by
+            last = callback.locals
+            self._store_transition(
+                last["replay_buffer"], last["buffer_actions"], last["new_obs"], last["rewards"], last["dones"], last["infos"]
+            )
+        return rollout
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1

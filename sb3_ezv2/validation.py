@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,14 @@ UNSUPPORTED_OPTIONS = {
     "n_steps": "EZV2 calls the length of its value windows td_steps, not n_steps.",
 }
 
+POLICY_OPTIONS = {
+    "features_extractor_class": "its representation is EfficientZero's; a features extractor of one's own is for MlpPolicy.",
+    "features_extractor_kwargs": "its representation is EfficientZero's; a features extractor of one's own is for MlpPolicy.",
+    "normalize_images": "its images are always divided by 255.",
+    "activation_fn": "the activations are the paper's.",
+}
+"""Of SB3's policies, with the reason why a policy of EZV2 may not have them."""
+
 
 def check_options(options: dict[str, Any]) -> None:
     """
@@ -29,6 +38,49 @@ def check_options(options: dict[str, Any]) -> None:
     """
     for name in options:
         raise TypeError(UNSUPPORTED_OPTIONS.get(name, f"EZV2 has no argument {name!r}."))
+
+
+def check_policy(policy_class: type, base: type, kwargs: dict[str, Any]) -> None:
+    """
+    :param policy_class: given to the constructor
+    :param base: of all policies of EZV2
+    :param kwargs: ``policy_kwargs``
+    :raises ValueError: the policy is another algorithm's
+    :raises TypeError: an argument that the policy does not have
+    """
+    if not issubclass(policy_class, base):
+        raise ValueError(
+            f"EZV2 plans with networks of its own: {policy_class.__module__}.{policy_class.__name__} does not apply, policy "
+            'must be "MlpPolicy", "CnnPolicy", "MultiInputPolicy" or a subclass of sb3_ezv2.Ezv2Policy.'
+        )
+    known = inspect.signature(policy_class).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    given = ("observation_space", "action_space", "lr_schedule", "search_settings")
+    for name in kwargs:
+        if name not in known or name in given:
+            reason = POLICY_OPTIONS.get(name, f"it has {', '.join(x for x in known if x not in given)}.")
+            raise TypeError(f"policy_kwargs: {policy_class.__name__} takes no argument {name!r}: {reason}")
+
+
+def check_replay_buffer(buffer: Any, buffer_class: type, observation_space: spaces.Space, action_space: spaces.Space) -> None:
+    """
+    :param buffer: read from a file
+    :param buffer_class: what it must be
+    :param observation_space: of the agent
+    :param action_space: of the agent
+    :raises ValueError: it is of another algorithm or for other spaces
+    """
+    if not isinstance(buffer, buffer_class):
+        raise ValueError(
+            f"the file holds a {type(buffer).__name__}, but EZV2 replays sequences: load a buffer that save_replay_buffer "
+            "of an EZV2 agent has written."
+        )
+    for name, space in (("observation", observation_space), ("action", action_space)):
+        if getattr(buffer, f"{name}_space") != space:
+            raise ValueError(
+                f"the {name} space of the replay buffer, {getattr(buffer, f'{name}_space')}, is not the agent's, {space}."
+            )
 
 
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
@@ -162,6 +214,8 @@ def check_settings(settings: dict[str, Any]) -> None:
     for name in ("learning_starts", "final_gradient_steps"):
         _check_integer(name, settings[name], 0)
     _check_integer("gradient_steps", settings["gradient_steps"], -1)
+    if settings["gradient_steps"] == 0 and settings["final_gradient_steps"] > 0:
+        raise ValueError("final_gradient_steps follow the updates of the last step: with gradient_steps=0 there are none.")
     for name, least in (
         ("td_steps_age", 1),
         ("lr_decay_updates", 1),
