@@ -191,7 +191,9 @@ def test_evaluation_saves_the_best_and_calls_its_children(tmp_path: Path, capsys
 
 def test_evaluation_stops_at_a_threshold() -> None:
     stop = StopTrainingOnRewardThreshold(2.0, verbose=1)
-    model = agent().learn(100, EvalCallback(improving(9), callback_on_new_best=stop, n_eval_episodes=1, eval_freq=4, verbose=0))
+    model = agent().learn(
+        100, EvalCallback(improving(9), callback_on_new_best=stop, n_eval_episodes=1, eval_freq=4, verbose=0)
+    )
     assert model.num_timesteps == 8
 
 

@@ -79,7 +79,7 @@ def test_observation_spaces(space: spaces.Space, n_envs: int) -> None:
     assert model.num_timesteps == 15 and model._n_updates == (5 if n_envs == 1 else 3)
     env = model.get_env()
     assert env is not None
-    rewards, lengths = evaluate_policy(model, env, n_eval_episodes=2, return_episode_rewards=True)
+    _, lengths = evaluate_policy(model, env, n_eval_episodes=2, return_episode_rewards=True)
     assert lengths == [5, 5]
 
 
@@ -183,7 +183,11 @@ def test_a_video_is_recorded(tmp_path: Path) -> None:
         return gym.make("CartPole-v1", render_mode="rgb_array")
 
     env = VecVideoRecorder(
-        DummyVecEnv([cart_pole]), str(tmp_path), record_video_trigger=lambda step: step == 4, video_length=4, name_prefix="ezv2"
+        DummyVecEnv([cart_pole]),
+        str(tmp_path),
+        record_video_trigger=lambda step: step == 4,
+        video_length=4,
+        name_prefix="ezv2",
     )
     model = agent(env=env).learn(12)
     assert model.num_timesteps == 12

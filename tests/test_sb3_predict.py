@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,9 @@ def test_shapes_that_do_not_fit(policy: str, wrong: Any, message: str) -> None:
 )
 def test_shapes_that_do_not_fit_discrete_observations(space: spaces.Space, wrong: np.ndarray) -> None:
     model = agent(env=vec_env(observations=space))
-    with pytest.raises(ValueError, match=f"Unexpected observation shape {wrong.shape}".replace("(", r"\(").replace(")", r"\)")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"Unexpected observation shape {wrong.shape}")
+    ):
         model.predict(wrong)
 
 

@@ -376,7 +376,7 @@ def test_without_environment_it_predicts_and_learns_once_it_has_one(model: EZV2,
     np.testing.assert_array_equal(
         loaded.predict(observations, deterministic=True)[0], model.predict(observations, deterministic=True)[0]
     )
-    with pytest.raises(AssertionError, match="set the environment|environment before"):
+    with pytest.raises(AssertionError, match="set the environment before"):
         loaded.learn(10)
     loaded.set_env(monitored())
     loaded.learn(15, reset_num_timesteps=False)
@@ -439,11 +439,11 @@ def test_counters_start_again_or_go_on() -> None:
 def test_seeding_again_repeats_a_run() -> None:
     """As in SB3, ``set_random_seed`` reaches everything that is drawn, that of the replay buffer's samples too."""
     model = agent().learn(20)
-    start, buffer = model.get_parameters(), pickle.dumps(model.replay_buffer)
-    start = pickle.loads(pickle.dumps(start))
+    # as bytes: an optimizer goes on in the very tensors of the state that it is given
+    start, buffer = pickle.dumps(model.get_parameters()), pickle.dumps(model.replay_buffer)
     runs = []
     for seed in (3, 3, 4):
-        model.set_parameters(start)  # type: ignore[arg-type]
+        model.set_parameters(pickle.loads(start))
         model.replay_buffer, model._n_updates = pickle.loads(buffer), 10
         model.set_random_seed(seed)
         runs.append(weights(model.learn(14)))
