@@ -17,7 +17,7 @@ from sb3_ezv2.distributions import SupportSpec
 from sb3_ezv2.image_networks import ImageNetwork
 from sb3_ezv2.networks import BaseNetwork, Ezv2Network
 from sb3_ezv2.search import GumbelSearch, SearchResult, SearchSettings
-from sb3_ezv2.validation import check_images
+from sb3_ezv2.validation import check_images, check_observation
 
 DEFAULT_SUPPORT = SupportSpec(22025.0, 101, "symexp")
 """symlog +-10 in bins of 0.2, in units of the reward scale."""
@@ -186,6 +186,11 @@ class Ezv2Policy(BasePolicy):
         :return: see :class:`sb3_ezv2.search.SearchResult`
         """
         return self.acting_search.run(obs, rng)
+
+    def obs_to_tensor(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[PyTorchObs, bool]:
+        """As in SB3. :raises ValueError: the observation is not of the policy's space"""
+        check_observation(observation, self.observation_space)
+        return super().obs_to_tensor(observation)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """

@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
-from sb3_ezv2.observations import apply
+from sb3_ezv2.observations import apply, image_keys
 
 UNSUPPORTED_OPTIONS = {
     "action_noise": "EZV2 explores by the noise of its search, so action_noise does not apply: remove it.",
@@ -273,6 +273,31 @@ def _check_number(name: str, value: Any, low: float, high: float, open_low: bool
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}.")
+
+
+def check_observation(observation: Any, space: spaces.Space) -> None:
+    """
+    What SB3 does not name when it takes an observation.
+
+    :param observation: given to ``predict``
+    :param space: of the policy, images with channels first
+    :raises ValueError: no dictionary with the space's keys, an image with too few or too many dimensions
+    """
+    if isinstance(space, spaces.Dict):
+        keys = sorted(observation) if isinstance(observation, dict) else None
+        if keys != sorted(space.spaces):
+            given = f"a {type(observation).__name__}" if keys is None else f"one with the keys {keys}"
+            raise ValueError(f"the observation must be a dictionary with the keys {sorted(space.spaces)}, not {given}.")
+    elif isinstance(observation, dict):
+        return  # of this SB3 speaks
+    for key in image_keys(space):
+        shape = np.shape(observation if key is None else observation[key])
+        if len(shape) not in (3, 4):
+            expected = (space if key is None else space[key]).shape  # type: ignore[index]
+            raise ValueError(
+                f"the {key or 'observation'} of shape {shape} is no image of this agent: please use {expected} or "
+                f"(n_env, {', '.join(map(str, expected))}), the channels first or last."
+            )
 
 
 def check_finite(what: str, value: Any, step: int, first_env: int = 0) -> None:

@@ -12,7 +12,7 @@ from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from sb3_ezv2 import EZV2
+from sb3_ezv2 import EZV2, CnnPolicy
 
 IMAGE = spaces.Box(0, 255, (16, 18, 3), np.uint8)
 """Channels last, as environments give them."""
@@ -67,7 +67,7 @@ def agent(policy: Any = "MlpPolicy", env: Any = None, **settings: Any) -> EZV2:
     """
     if env is None:
         env = vec_env(observations=OBSERVATIONS[policy])
-    sizes = IMAGE_SIZES if policy in ("CnnPolicy", "MultiInputPolicy") else STATE_SIZES
+    sizes = IMAGE_SIZES if policy in ("CnnPolicy", "MultiInputPolicy", CnnPolicy) else STATE_SIZES
     kwargs = {**SMALLEST, **settings}
     kwargs["policy_kwargs"] = {**sizes, **settings.get("policy_kwargs", {})}
     return EZV2(policy, env, **kwargs)

@@ -170,7 +170,7 @@ def improving(limit: int) -> DummyVecEnv:
 
 
 def test_evaluation_saves_the_best_and_calls_its_children(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    best, after = Record(), Record()
+    after, best = Record(), ConvertCallback(lambda locals_, globals_: True)
     evaluation = EvalCallback(
         improving(limit=3), callback_on_new_best=best, callback_after_eval=after, n_eval_episodes=1, eval_freq=4,
         log_path=str(tmp_path / "logs"), best_model_save_path=str(tmp_path / "best"), deterministic=False,

@@ -68,7 +68,7 @@ def reload(model: EZV2, **kwargs: Any) -> EZV2:
 @pytest.mark.parametrize("policy", [MlpPolicy, CnnPolicy], ids=lambda policy: policy.__name__)
 def test_policies_as_classes(policy: type[Ezv2Policy]) -> None:
     env = vec_env(observations=OBSERVATIONS[policy.__name__])
-    models = [agent(name, env, policy_kwargs=agent(policy.__name__).policy_kwargs) for name in (policy, policy.__name__)]
+    models = [agent(name, env) for name in (policy, policy.__name__)]
     assert type(models[0].policy) is type(models[1].policy) is policy
     assert th.equal(*(weights(model) for model in models))
 

@@ -84,7 +84,8 @@ def test_hidden_states_are_handed_through() -> None:
         ("MlpPolicy", 0.5, r"shape \(\).*please use \(3,\)"),
         ("MlpPolicy", (np.zeros(3), {}), "mixing Gym API"),
         ("CnnPolicy", np.zeros((16, 18, 4), np.uint8), r"\(16, 18, 4\).*please use \(3, 16, 18\)"),
-        ("CnnPolicy", np.zeros((16, 18), np.uint8), r"\(16, 18\).*please use \(3, 16, 18\)"),
+        ("CnnPolicy", np.zeros((16, 18), np.uint8), r"of shape \(16, 18\).*please use \(3, 16, 18\)"),
+        ("MultiInputPolicy", {**DICT.sample(), "camera": np.zeros(3, np.uint8)}, r"camera of shape \(3,\).*use \(3, 16, 18\)"),
         ("CnnPolicy", np.zeros((2, 18, 16, 3), np.uint8), r"\(2, 18, 16, 3\).*please use \(3, 16, 18\)"),
         ("MultiInputPolicy", {**DICT.sample(), "speed": np.zeros(3)}, r"\(3,\).*please use \(2,\)"),
     ],
@@ -115,8 +116,13 @@ def test_shapes_that_do_not_fit_discrete_observations(space: spaces.Space, wrong
 def test_dictionaries_that_do_not_fit() -> None:
     with pytest.raises(AssertionError, match="is a dict but the obs space is Box"):
         trained().predict({"a": BOX.sample()})
-    with pytest.raises(KeyError, match="brake"):
-        trained("MultiInputPolicy").predict({**DICT.sample(), "brake": np.zeros(1)})
+    for wrong, message in (
+        ({**DICT.sample(), "brake": np.zeros(1)}, r"keys \['brake', 'camera', 'gear', 'speed'\]"),
+        ({"camera": IMAGE.sample(), "gear": 1}, r"keys \['camera', 'gear'\]"),
+        (BOX.sample(), "a ndarray"),
+    ):
+        with pytest.raises(ValueError, match=rf"must be a dictionary with the keys \['camera', 'gear', 'speed'\], not .*{message}"):
+            trained("MultiInputPolicy").predict(wrong)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
