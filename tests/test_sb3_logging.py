@@ -16,7 +16,7 @@ KEYS = {
     "train/policy_entropy", "train/value_error", "train/grad_norm", "train/learning_rate",
     "target/td_value", "target/search_value", "target/search_share", "target/value_clipped",
     "search/acting_value", "search/acting_depth", "search/root_value", "search/depth", "search/policy_entropy",
-    "search/reused",
+    "search/reused", "search/network_value", "search/searched_states",
 }  # fmt: skip
 """What is logged everywhere."""
 
