@@ -16,6 +16,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_pkl
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule, TensorDict, TrainFreq
 from stable_baselines3.common.utils import update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
@@ -377,16 +378,12 @@ class EZV2(OffPolicyAlgorithm):
             and end by truncation. If set to ``False``, the environments are still in these episodes and go on with them.
         :raises ValueError: it is no buffer of EZV2 or not of this agent's spaces; the agent keeps the one it had
         """
-        before = self.replay_buffer
-        try:
-            super().load_replay_buffer(path, truncate_last_traj)
-            check_replay_buffer(self.replay_buffer, SequenceReplayBuffer, self.observation_space, self.action_space)
-        except Exception:
-            self.replay_buffer = before
-            raise
+        buffer = load_from_pkl(path, self.verbose)
+        check_replay_buffer(buffer, SequenceReplayBuffer, self.observation_space, self.action_space)
+        buffer.device = self.device
         if truncate_last_traj:
-            assert self.replay_buffer is not None
-            self.replay_buffer.truncate_open_episodes()
+            buffer.truncate_open_episodes()
+        self.replay_buffer = buffer
 
     def _setup_learn(
         self,

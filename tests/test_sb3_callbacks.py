@@ -111,7 +111,7 @@ def test_a_callback_stops_the_training_at_once(n_envs: int) -> None:
     """
     record = Record(stop_at=14)
     model = agent(env=vec_env(n_envs), gradient_steps=-1, final_gradient_steps=50).learn(100, record)
-    assert model.num_timesteps == 14 and model._n_updates == 2 if n_envs > 1 else 3
+    assert (model.num_timesteps, model._n_updates) == (14, 2 if n_envs > 1 else 3)
     assert record.names()[-2:] == ["step", "training_end"]
     buffer = model.replay_buffer
     assert buffer is not None and buffer.total_transitions == 14
@@ -119,7 +119,8 @@ def test_a_callback_stops_the_training_at_once(n_envs: int) -> None:
     before = model._n_updates
     model.learn(6, reset_num_timesteps=False)
     assert model.num_timesteps == 20 and buffer.total_transitions == 20
-    assert model._n_updates == before + 6 + 50
+    # the updates after the step at which it stopped may be made up for
+    assert before + 6 + 50 <= model._n_updates <= before + 6 + 50 + n_envs
     # episodes of five steps: all of them whole, in the order in which they were played
     for env in range(n_envs):
         kinds = buffer.kinds[env * buffer.ring : env * buffer.ring + buffer.written[env]]

@@ -65,7 +65,7 @@ def test_paths(model: EZV2, tmp_path: Path, kind: Callable[[Path], Any], name: s
 
 
 def test_folders_are_made(model: EZV2, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="does not exist. Will create it"):
+    with pytest.warns(UserWarning, match="does not exist"):
         model.save(tmp_path / "a" / "b" / "agent")
     assert (tmp_path / "a" / "b" / "agent.zip").is_file()
 
@@ -119,7 +119,7 @@ def test_files_that_cannot_be_used(model: EZV2, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.zip"):
         EZV2.load(tmp_path / "nowhere")
     (tmp_path / "text.zip").write_text("no zip")
-    with pytest.raises(ValueError, match="wasn't a zip-file"):
+    with pytest.raises(ValueError, match="zip"):
         EZV2.load(tmp_path / "text.zip")
 
 
@@ -337,11 +337,10 @@ def test_replay_buffers_that_do_not_fit(saved: bytes, tmp_path: Path) -> None:
         ("foreign", "the file holds a ReplayBuffer, but EZV2 replays sequences"),
         ("observations", r"the observation space of the replay buffer, Discrete\(4\), is not the agent's, Box"),
         ("actions", "the action space of the replay buffer, Box.* is not the agent's, Discrete"),
+        ("other", "the file holds a dict"),
     ):
         with pytest.raises(ValueError, match=message):
             model.load_replay_buffer(tmp_path / name)
-    with pytest.raises(AssertionError, match="must inherit from ReplayBuffer"):
-        model.load_replay_buffer(tmp_path / "other.pkl")
     with pytest.raises(FileNotFoundError):
         model.load_replay_buffer(tmp_path / "nowhere")
     assert model.replay_buffer is before
@@ -351,19 +350,6 @@ def test_replay_buffers_that_do_not_fit(saved: bytes, tmp_path: Path) -> None:
 def test_an_agent_without_experience_has_no_buffer_to_save(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="replay buffer is not defined"):
         agent().save_replay_buffer(tmp_path / "replay")
-
-
-def test_overwriting_a_buffer_warns_when_verbose(model: EZV2, tmp_path: Path) -> None:
-    model.save_replay_buffer(tmp_path / "replay")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model.save_replay_buffer(tmp_path / "replay")
-    model.verbose = 2
-    try:
-        with pytest.warns(UserWarning, match="exists, will overwrite it"):
-            model.save_replay_buffer(tmp_path / "replay")
-    finally:
-        model.verbose = 0
 
 
 # ---------------------------------------------------------------------- environments and counters
