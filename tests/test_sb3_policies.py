@@ -182,7 +182,8 @@ def test_learning_rate_schedules(schedule: Any, expected: Callable[[np.ndarray],
     for left_over in (1.0, 0.3, 0.0):
         assert loaded.lr_schedule(left_over) == pytest.approx(float(expected(np.array(left_over))))
     loaded.learn(20, again, reset_num_timesteps=False)
-    np.testing.assert_allclose(again.rates[1:], expected(1 - np.arange(21, 40) / 40), rtol=1e-6)
+    # the first transition of the new buffer cannot be learned from yet
+    np.testing.assert_allclose(again.rates[2:], expected(1 - np.arange(22, 40) / 40), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
