@@ -33,6 +33,7 @@ from sb3_ezv2.search import SearchResult, SearchSettings
 from sb3_ezv2.validation import (
     check_finite,
     check_memory,
+    check_normalizer,
     check_options,
     check_policy,
     check_replay_buffer,
@@ -254,6 +255,7 @@ class EZV2(OffPolicyAlgorithm):
             )
         check_policy(self.policy_class, Ezv2Policy, self.policy_kwargs)
         check_spaces(self.observation_space, self.action_space)
+        check_normalizer(self._vec_normalize_env, self.observation_space)
         check_settings(self.__dict__)
         self._convert_train_freq()
         self._setup_lr_schedule()
@@ -393,6 +395,7 @@ class EZV2(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        check_normalizer(self._vec_normalize_env, self.observation_space)
         env_is_reset = reset_num_timesteps or self._last_obs is None
         planned_steps = total_timesteps + (0 if reset_num_timesteps else self.num_timesteps)
         if self.replay_buffer is None:

@@ -275,6 +275,19 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}.")
 
 
+def check_normalizer(normalizer: Any, observation_space: spaces.Space) -> None:
+    """
+    :param normalizer: the environment's ``VecNormalize``, or None
+    :param observation_space: of the agent
+    :raises ValueError: a wrapper around it changes the observations: its raw ones, which are stored, are then other ones
+    """
+    if normalizer is not None and normalizer.observation_space != observation_space:
+        raise ValueError(
+            "VecNormalize must be outside of what changes the shape of observations, such as VecTransposeImage or VecFrameStack: "
+            "wrap the environment as VecNormalize(VecTransposeImage(env), ...)."
+        )
+
+
 def check_observation(observation: Any, space: spaces.Space) -> None:
     """
     What SB3 does not name when it takes an observation.

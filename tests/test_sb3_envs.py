@@ -18,6 +18,7 @@ from stable_baselines3.common.vec_env import (
     DummyVecEnv,
     SubprocVecEnv,
     VecCheckNan,
+    VecEnv,
     VecFrameStack,
     VecMonitor,
     VecNormalize,
@@ -76,7 +77,7 @@ def test_several_environments_in_one_process_or_many(policy: str, vec_env_cls: A
 def test_observation_spaces(space: spaces.Space, n_envs: int) -> None:
     check_env(SpacesEnv(space, DISCRETE), warn=False)
     model = agent(policy_for(space), vec_env(n_envs, space), gradient_steps=-1).learn(15)
-    assert model.num_timesteps == 15 and model._n_updates == (5 if n_envs == 1 else 3)
+    assert model.num_timesteps == 15 and model._n_updates == (5 if n_envs == 1 else 6)
     env = model.get_env()
     assert env is not None
     _, lengths = evaluate_policy(model, env, n_eval_episodes=2, return_episode_rewards=True)
@@ -88,7 +89,12 @@ def test_normalized_observations_and_rewards(tmp_path: Path, policy: str) -> Non
     """What is stored is what the environment gave; what is learned from is normalized, with the statistics of now."""
     space = OBSERVATIONS[policy]
     keys = ["speed"] if policy == "MultiInputPolicy" else None
-    env = VecNormalize(vec_env(2, space, CONTINUOUS), norm_obs_keys=keys, gamma=0.5)
+
+    def environments() -> VecEnv:
+        env = vec_env(2, space, CONTINUOUS)
+        return env if keys is None else VecTransposeImage(env)
+
+    env = VecNormalize(environments(), norm_obs_keys=keys, gamma=0.5)
     model = agent(policy, env, gradient_steps=-1).learn(20)
     buffer = model.replay_buffer
     assert model.get_vec_normalize_env() is env and buffer is not None
@@ -105,10 +111,10 @@ def test_normalized_observations_and_rewards(tmp_path: Path, policy: str) -> Non
     model.save(tmp_path / "agent")
     env.save(str(tmp_path / "statistics.pkl"))
     model.save_replay_buffer(tmp_path / "replay")
-    other_env = VecNormalize.load(str(tmp_path / "statistics.pkl"), vec_env(2, space, CONTINUOUS))
+    other_env = VecNormalize.load(str(tmp_path / "statistics.pkl"), environments())
     loaded = EZV2.load(tmp_path / "agent", env=other_env, device="cpu")
     loaded.load_replay_buffer(tmp_path / "replay")
-    obs = env.normalize_obs(batch_of(space, 3))
+    obs = batch_of(env.observation_space, 3)
     np.testing.assert_array_equal(*(x.predict(obs, deterministic=True)[0] for x in (model, loaded)))
     other_env.training = other_env.norm_reward = False
     count = other_env.ret_rms.count
@@ -118,7 +124,7 @@ def test_normalized_observations_and_rewards(tmp_path: Path, policy: str) -> Non
     loaded.learn(6, reset_num_timesteps=False)
     assert loaded.num_timesteps == 26
     # a new environment brings its own statistics
-    third = VecNormalize(vec_env(2, space, CONTINUOUS), norm_obs_keys=keys)
+    third = VecNormalize(environments(), norm_obs_keys=keys)
     loaded.set_env(third)
     assert loaded.get_vec_normalize_env() is third
     loaded.set_env(vec_env(2, space, CONTINUOUS))
@@ -141,30 +147,43 @@ def test_stacked_vectors(space: spaces.Space) -> None:
     evaluate_policy(model, env, n_eval_episodes=2)
 
 
-@pytest.mark.parametrize("policy, order", [("CnnPolicy", "last"), ("CnnPolicy", "first"), ("MultiInputPolicy", None)])
-def test_stacked_and_transposed_images(policy: str, order: str | None) -> None:
+@pytest.mark.parametrize("space", [IMAGE, spaces.Dict(camera=IMAGE, speed=BOX)], ids=["image", "dict"])
+def test_stacked_and_transposed_images(space: spaces.Space) -> None:
     """Stacked before or after the channels come first, by hand or by the agent: the same images, each frame stored once."""
     runs = []
     for transpose_first in (False, True):
-        env: Any = vec_env(2, OBSERVATIONS[policy])
-        if transpose_first:
-            env = VecTransposeImage(env)
-        env = VecFrameStack(env, 2, order)  # type: ignore[arg-type]
-        if transpose_first and order == "last":
-            with pytest.raises(ValueError, match="looks like"):
-                agent(policy, env)
-            return
-        if order == "first" and not transpose_first:
-            continue  # rows of two images one below the other
-        model = agent(policy, env, gradient_steps=-1).learn(16)
+        env: Any = vec_env(2, space)
+        env = VecFrameStack(VecTransposeImage(env) if transpose_first else env, 2)
+        model = agent(policy_for(space), env, gradient_steps=-1).learn(16)
         assert model.replay_buffer is not None and model.replay_buffer.frame_stack == 2
-        space = model.observation_space
-        image = space.spaces["camera"] if isinstance(space, spaces.Dict) else space
+        stacked = model.observation_space
+        image = stacked.spaces["camera"] if isinstance(stacked, spaces.Dict) else stacked
         assert image.shape == (6, 16, 18)
         assert is_vecenv_wrapped(model.get_env(), VecTransposeImage)  # type: ignore[arg-type]
         runs.append(model.replay_buffer.rewards.copy())
-        evaluate_policy(model, env, n_eval_episodes=2)
-    np.testing.assert_array_equal(runs[0], runs[-1])
+        evaluate_policy(model, model.get_env(), n_eval_episodes=2)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(runs[0], runs[1])
+
+
+@pytest.mark.parametrize(
+    "wrap, space",
+    [
+        (lambda env: VecTransposeImage(VecNormalize(env, norm_obs=False)), IMAGE),
+        (lambda env: VecNormalize(env, norm_obs=False), IMAGE),  # the agent transposes the images
+        (lambda env: VecNormalize(env, norm_obs_keys=["speed"]), DICT),
+        (lambda env: VecFrameStack(VecNormalize(env), 2), BOX),
+    ],
+    ids=["transposed", "by the agent", "dict", "stacked"],
+)
+def test_normalized_below_a_wrapper_that_changes_observations(wrap: Any, space: spaces.Space) -> None:
+    """The observations that are stored would not be those that the agent sees."""
+    with pytest.raises(ValueError, match=r"VecNormalize must be outside of .*VecNormalize\(VecTransposeImage\(env\)"):
+        agent(policy_for(space), wrap(vec_env(observations=space)))
+    if space is IMAGE:
+        model = agent("CnnPolicy", VecNormalize(VecTransposeImage(vec_env(observations=space)), norm_obs=False)).learn(12)
+        model.set_env(wrap(vec_env(observations=space)))
+        with pytest.raises(ValueError, match="VecNormalize must be outside"):
+            model.learn(12)
 
 
 def test_vec_check_nan_speaks_first() -> None:

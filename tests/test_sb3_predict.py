@@ -107,21 +107,20 @@ def test_shapes_that_do_not_fit(policy: str, wrong: Any, message: str) -> None:
 )
 def test_shapes_that_do_not_fit_discrete_observations(space: spaces.Space, wrong: np.ndarray) -> None:
     model = agent(env=vec_env(observations=space))
-    with pytest.raises(
-        ValueError, match=re.escape(f"Unexpected observation shape {wrong.shape}")
-    ):
+    with pytest.raises(ValueError, match=re.escape(f"Unexpected observation shape {wrong.shape}")):
         model.predict(wrong)
 
 
 def test_dictionaries_that_do_not_fit() -> None:
     with pytest.raises(AssertionError, match="is a dict but the obs space is Box"):
         trained().predict({"a": BOX.sample()})
+    keys = r"must be a dictionary with the keys \['camera', 'gear', 'speed'\], not"
     for wrong, message in (
         ({**DICT.sample(), "brake": np.zeros(1)}, r"keys \['brake', 'camera', 'gear', 'speed'\]"),
         ({"camera": IMAGE.sample(), "gear": 1}, r"keys \['camera', 'gear'\]"),
         (BOX.sample(), "a ndarray"),
     ):
-        with pytest.raises(ValueError, match=rf"must be a dictionary with the keys \['camera', 'gear', 'speed'\], not .*{message}"):
+        with pytest.raises(ValueError, match=f"{keys} .*{message}"):
             trained("MultiInputPolicy").predict(wrong)
 
 
