@@ -283,8 +283,8 @@ def check_normalizer(normalizer: Any, observation_space: spaces.Space) -> None:
     """
     if normalizer is not None and normalizer.observation_space != observation_space:
         raise ValueError(
-            "VecNormalize must be outside of what changes the shape of observations, such as VecTransposeImage or VecFrameStack: "
-            "wrap the environment as VecNormalize(VecTransposeImage(env), ...)."
+            "VecNormalize must be outside of what changes the shape of observations, such as VecTransposeImage or "
+            "VecFrameStack: wrap the environment as VecNormalize(VecTransposeImage(env), ...)."
         )
 
 
