@@ -12,7 +12,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict, TrainFreq
 from stable_baselines3.common.utils import update_learning_rate
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -28,7 +28,9 @@ from sb3_ezv2.search import SearchSettings
 from sb3_ezv2.validation import (
     check_finite,
     check_memory,
+    check_normalizer,
     check_options,
+    check_policy,
     check_settings,
     check_spaces,
 )
@@ -242,7 +244,9 @@ class EZV2(ResumableAlgorithm):
                 f"EZV2 replays sequences: {self.replay_buffer_class.__name__} does not apply, "
                 "replay_buffer_class must be a subclass of sb3_ezv2.replay_buffer.SequenceReplayBuffer or None."
             )
+        check_policy(self.policy_class, Ezv2Policy, self.policy_kwargs)
         check_spaces(self.observation_space, self.action_space)
+        check_normalizer(self._vec_normalize_env, self.observation_space)
         check_settings(self.__dict__)
         self._convert_train_freq()
         self._setup_lr_schedule()
@@ -286,6 +290,8 @@ class EZV2(ResumableAlgorithm):
         super().set_random_seed(seed)
         if seed is not None:
             self._seed_generators(seed)
+            if self.replay_buffer is not None:
+                self.replay_buffer.rng = np.random.default_rng(self._replay_seed())
 
     def _seed_generators(self, seed: int) -> None:
         # Streams of their own, as numpy generators: they are saved with the agent, are the same on every device, and
@@ -293,6 +299,10 @@ class EZV2(ResumableAlgorithm):
         names = ("acting", "reanalyze", "losses", "replay", "augmentation")
         streams = np.random.SeedSequence(seed).spawn(len(names))
         self._generators = {name: np.random.default_rng(stream) for name, stream in zip(names, streams)}
+
+    def _replay_seed(self) -> int:
+        assert self._generators is not None
+        return int(self._generators["replay"].integers(2**63))
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_reanalyzer"]
@@ -311,6 +321,14 @@ class EZV2(ResumableAlgorithm):
         """As in SB3, by search; with ``n_simulations`` of this call, see :meth:`sb3_ezv2.policies.Ezv2Policy.predict`."""
         return self.policy.predict(observation, state, episode_start, deterministic, n_simulations)
 
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """As in SB3."""
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        if self._reanalyzer is not None:
+            self._reanalyzer.target_refreshed()  # what it remembers are searches with other weights
+
     def _setup_learn(
         self,
         total_timesteps: int,
@@ -319,6 +337,7 @@ class EZV2(ResumableAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        check_normalizer(self._vec_normalize_env, self.observation_space)
         env_is_reset = reset_num_timesteps or self._last_obs is None
         planned_steps = total_timesteps + (0 if reset_num_timesteps else self.num_timesteps)
         if self.replay_buffer is None:
@@ -359,7 +378,7 @@ class EZV2(ResumableAlgorithm):
             self._warmup_updates = round(self.warmup_fraction * updates)
 
     def _make_replay_buffer(self) -> SequenceReplayBuffer:
-        assert self.replay_buffer_class is not None and self._generators is not None
+        assert self.replay_buffer_class is not None
         assert issubclass(self.replay_buffer_class, SequenceReplayBuffer)
         frame_stack = self.replay_buffer_kwargs.get("frame_stack", frames_per_observation(self.env))
         nbytes = self.replay_buffer_class.estimate_nbytes(
@@ -375,7 +394,7 @@ class EZV2(ResumableAlgorithm):
             td_steps_min=self.td_steps_min,
             alpha=self.priority_alpha,
             beta=self.priority_beta,
-            seed=int(self._generators["replay"].integers(2**63)),
+            seed=self._replay_seed(),
             frame_stack=frame_stack,
         )
         return self.replay_buffer_class(

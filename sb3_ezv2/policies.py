@@ -18,7 +18,7 @@ from sb3_ezv2.image_networks import ImageNetwork
 from sb3_ezv2.multi_discrete import first_category
 from sb3_ezv2.networks import BaseNetwork, Ezv2Network
 from sb3_ezv2.search import GumbelSearch, SearchResult, SearchSettings
-from sb3_ezv2.validation import check_images, check_integer
+from sb3_ezv2.validation import check_images, check_integer, check_observation
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -249,6 +249,11 @@ class Ezv2Policy(BasePolicy):
         :return: see :class:`sb3_ezv2.search.SearchResult`
         """
         return self.acting_search.run(obs, rng)
+
+    def obs_to_tensor(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[PyTorchObs, bool]:
+        """As in SB3. :raises ValueError: the observation is not of the policy's space"""
+        check_observation(observation, self.observation_space)
+        return super().obs_to_tensor(observation)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """

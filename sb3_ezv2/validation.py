@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
-from sb3_ezv2.observations import apply
+from sb3_ezv2.observations import apply, image_keys
 
 UNSUPPORTED_OPTIONS = {
     "action_noise": "EZV2 explores by the noise of its search, so action_noise does not apply: remove it.",
@@ -21,6 +22,14 @@ UNSUPPORTED_OPTIONS = {
     "n_steps": "EZV2 calls the length of its value windows td_steps, not n_steps.",
 }
 
+POLICY_OPTIONS = {
+    "features_extractor_class": "its representation is EfficientZero's; a features extractor of one's own is for MlpPolicy.",
+    "features_extractor_kwargs": "its representation is EfficientZero's; a features extractor of one's own is for MlpPolicy.",
+    "normalize_images": "its images are always divided by 255.",
+    "activation_fn": "the activations are the paper's.",
+}
+"""Of SB3's policies, with the reason why a policy of EZV2 may not have them."""
+
 
 def check_options(options: dict[str, Any]) -> None:
     """
@@ -29,6 +38,29 @@ def check_options(options: dict[str, Any]) -> None:
     """
     for name in options:
         raise TypeError(UNSUPPORTED_OPTIONS.get(name, f"EZV2 has no argument {name!r}."))
+
+
+def check_policy(policy_class: type, base: type, kwargs: dict[str, Any]) -> None:
+    """
+    :param policy_class: given to the constructor
+    :param base: of all policies of EZV2
+    :param kwargs: ``policy_kwargs``
+    :raises ValueError: the policy is another algorithm's
+    :raises TypeError: an argument that the policy does not have
+    """
+    if not issubclass(policy_class, base):
+        raise ValueError(
+            f"EZV2 plans with networks of its own: {policy_class.__module__}.{policy_class.__name__} does not apply, policy "
+            'must be "MlpPolicy", "CnnPolicy", "MultiInputPolicy" or a subclass of sb3_ezv2.Ezv2Policy.'
+        )
+    known = inspect.signature(policy_class).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    given = ("observation_space", "action_space", "lr_schedule", "search_settings")
+    for name in kwargs:
+        if name not in known or name in given:
+            reason = POLICY_OPTIONS.get(name, f"it has {', '.join(x for x in known if x not in given)}.")
+            raise TypeError(f"policy_kwargs: {policy_class.__name__} takes no argument {name!r}: {reason}")
 
 
 def check_replay_buffer(buffer: Any, buffer_class: type, observation_space: spaces.Space, action_space: spaces.Space) -> None:
@@ -190,6 +222,8 @@ def check_settings(settings: dict[str, Any]) -> None:
     for name in ("learning_starts", "final_gradient_steps"):
         check_integer(name, settings[name], 0)
     check_integer("gradient_steps", settings["gradient_steps"], -1)
+    if settings["gradient_steps"] == 0 and settings["final_gradient_steps"] > 0:
+        raise ValueError("final_gradient_steps follow the updates of the last step: with gradient_steps=0 there are none.")
     for name, least in (
         ("td_steps_age", 1),
         ("lr_decay_updates", 1),
@@ -254,6 +288,44 @@ def _check_number(name: str, value: Any, low: float, high: float, open_low: bool
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}.")
+
+
+def check_normalizer(normalizer: Any, observation_space: spaces.Space) -> None:
+    """
+    :param normalizer: the environment's ``VecNormalize``, or None
+    :param observation_space: of the agent
+    :raises ValueError: a wrapper around it changes the observations: its raw ones, which are stored, are then other ones
+    """
+    if normalizer is not None and normalizer.observation_space != observation_space:
+        raise ValueError(
+            "VecNormalize must be outside of what changes the shape of observations, such as VecTransposeImage or "
+            "VecFrameStack: wrap the environment as VecNormalize(VecTransposeImage(env), ...)."
+        )
+
+
+def check_observation(observation: Any, space: spaces.Space) -> None:
+    """
+    What SB3 does not name when it takes an observation.
+
+    :param observation: given to ``predict``
+    :param space: of the policy, images with channels first
+    :raises ValueError: no dictionary with the space's keys, an image with too few or too many dimensions
+    """
+    if isinstance(space, spaces.Dict):
+        keys = sorted(observation) if isinstance(observation, dict) else None
+        if keys != sorted(space.spaces):
+            given = f"a {type(observation).__name__}" if keys is None else f"one with the keys {keys}"
+            raise ValueError(f"the observation must be a dictionary with the keys {sorted(space.spaces)}, not {given}.")
+    elif isinstance(observation, dict):
+        return  # of this SB3 speaks
+    for key in image_keys(space):
+        shape = np.shape(observation if key is None else observation[key])
+        if len(shape) not in (3, 4):
+            expected = (space if key is None else space[key]).shape  # type: ignore[index]
+            raise ValueError(
+                f"the {key or 'observation'} of shape {shape} is no image of this agent: please use {expected} or "
+                f"(n_env, {', '.join(map(str, expected))}), the channels first or last."
+            )
 
 
 def check_finite(what: str, value: Any, step: int, first_env: int = 0) -> None:
