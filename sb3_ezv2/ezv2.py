@@ -24,7 +24,7 @@ from sb3_ezv2.reanalyze import Reanalyzer, learns_best_action
 from sb3_ezv2.replay_buffer import RUNNING, SequenceReplayBuffer
 from sb3_ezv2.resumable import OpenRollout, ResumableAlgorithm
 from sb3_ezv2.schedules import LONGEST_TARGET_UPDATE_INTERVAL, learning_rate_factor, plan_run, planned_updates
-from sb3_ezv2.search import SearchSettings
+from sb3_ezv2.search import SearchSettings, default_c_scale
 from sb3_ezv2.validation import (
     check_finite,
     check_memory,
@@ -70,7 +70,8 @@ class EZV2(ResumableAlgorithm):
     :param flat_std_scale: Box: standard deviation of the flattened policy, as a multiple of the policy's. MultiDiscrete and
         MultiBinary: its square divides the logits, which does the same
     :param c_visit: of sigma, Eq. 19
-    :param c_scale: of sigma, Eq. 19
+    :param c_scale: of sigma, Eq. 19; the paper has 0.1. None: 0.3 where the policy's logits are the priors of the root's
+        actions (Discrete), 0.1 where candidates are drawn from it (Box)
     :param value_target: ``"mixed"`` (Eq. 16), or its parts alone: ``"td"`` (n-step) or ``"search"`` (search-based values)
     :param mixed_value_start: updates before search-based values are used (T1 of Eq. 16); None: 10% of the planned ones
     :param fresh_transitions: newest transitions that keep n-step values (T2 of Eq. 16); None: 20% of the planned steps
@@ -123,7 +124,7 @@ class EZV2(ResumableAlgorithm):
         env: GymEnv | str,
         learning_rate: float | Schedule = 3e-4,
         buffer_size: int = 100_000,
-        learning_starts: int = 1_000,
+        learning_starts: int = 500,
         batch_size: int = 256,
         gamma: float = 0.99,
         train_freq: int | tuple[int, str] = 1,
@@ -139,7 +140,7 @@ class EZV2(ResumableAlgorithm):
         policy_action_fraction: float = 0.25,
         flat_std_scale: float = 3.0,
         c_visit: float = 50.0,
-        c_scale: float = 0.1,
+        c_scale: float | None = None,
         value_target: str = "mixed",
         mixed_value_start: int | None = None,
         fresh_transitions: int | None = None,
@@ -268,7 +269,7 @@ class EZV2(ResumableAlgorithm):
                 policy_action_fraction=self.policy_action_fraction,
                 flat_std_scale=self.flat_std_scale,
                 c_visit=self.c_visit,
-                c_scale=self.c_scale,
+                c_scale=default_c_scale(self.action_space, self.n_sampled_actions) if self.c_scale is None else self.c_scale,
                 gamma=self.gamma,
             ),
             **self.policy_kwargs,

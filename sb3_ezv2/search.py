@@ -9,16 +9,18 @@ expand (:class:`sb3_ezv2.ctree.Tree`), the model makes one step from all of them
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_ezv2.ctree import Tree, sample_actions
 from sb3_ezv2.distributions import MAX_ACTION, SquashedGaussian
 from sb3_ezv2.inference import NativeModel, SearchModel, Step, TracedModel
-from sb3_ezv2.multi_discrete import MultiDiscreteCandidates
+from sb3_ezv2.multi_discrete import MultiDiscreteCandidates, category_sizes
 
 MIN_Q_RANGE = 0.01
 """Least range of the q's when they are normalised, in units of the reward scale (EfficientZero Eq. 10)."""
@@ -49,6 +51,18 @@ class SearchSettings(NamedTuple):
     c_visit: float = 50.0
     c_scale: float = 0.1
     gamma: float = 0.997
+
+
+def default_c_scale(action_space: spaces.Space, n_sampled_actions: int) -> float:
+    """
+    :param action_space: of the environment
+    :param n_sampled_actions: candidates at the root
+    :return: ``c_scale`` of None: 0.1 (Table 3) where the root's candidates are drawn from the policy with equal priors, so
+        that sigma alone weights them; 0.3 where the priors are the policy's own, which sigma improves refresh by refresh
+    """
+    if sizes := category_sizes(action_space):
+        return 0.1 if math.prod(sizes) > n_sampled_actions else 0.3
+    return 0.3 if isinstance(action_space, spaces.Discrete) else 0.1
 
 
 class SearchResult(NamedTuple):

@@ -248,7 +248,6 @@ def check_settings(settings: dict[str, Any]) -> None:
         _check_number(name, settings[name], 0, math.inf, open_low=True)
     for name in (
         "c_visit",
-        "c_scale",
         "priority_alpha",
         "priority_beta",
         "reward_coef",
@@ -258,6 +257,8 @@ def check_settings(settings: dict[str, Any]) -> None:
         "ent_coef",
     ):
         _check_number(name, settings[name], 0, math.inf)
+    if settings["c_scale"] is not None:
+        _check_number("c_scale", settings["c_scale"], 0, math.inf)
     if not callable(settings["learning_rate"]):
         _check_number("learning_rate", settings["learning_rate"], 0, math.inf)
     _check_choice("value_target", settings["value_target"], ("mixed", "td", "search"))

@@ -392,3 +392,19 @@ def test_any_number_of_envs_stores_each_episode_apart() -> None:
         ring = slice(index * buffer.ring, index * buffer.ring + int(buffer.written[index]))
         finals = np.flatnonzero(buffer.kinds[ring])
         np.testing.assert_array_equal(np.diff(finals), length + 1)
+
+
+@pytest.mark.parametrize(
+    ("action_space", "expected"),
+    [
+        (spaces.Discrete(3), 0.3),
+        (spaces.Box(-1, 1, (2,)), 0.1),
+        (spaces.MultiDiscrete([2, 2]), 0.3),  # four actions: all of them are candidates, with the policy's priors
+        (spaces.MultiDiscrete([3, 2]), 0.1),
+    ],
+)
+def test_the_scale_of_sigma_follows_the_roots_priors(action_space: spaces.Space, expected: float) -> None:
+    model = make(SpacesEnv(BOX, action_space))
+    assert model.c_scale is None
+    assert [search.settings.c_scale for search in (model.policy.search, model.policy.target_search)] == [expected] * 2
+    assert make(SpacesEnv(BOX, action_space), c_scale=0.7).policy.search.settings.c_scale == 0.7
