@@ -78,6 +78,8 @@ class EZV2(OffPolicyAlgorithm):
     :param target_update_interval: updates between two refreshes of the network that reanalyzes; None: 2% of the planned
         ones, 400 at most
     :param reanalyze_cache: search each stored state once per refresh of the target network instead of each time it is drawn
+    :param cache_refresh_fraction: share of the states found in that cache that are searched again at each update; 0: each is
+        searched once per refresh
     :param priority_alpha: exponent of the priorities
     :param priority_beta: exponent of the importance weights
     :param reward_coef: weight of the reward loss (lambda_1 of Eq. 3)
@@ -147,6 +149,7 @@ class EZV2(OffPolicyAlgorithm):
         acting_update_interval: int = 100,
         target_update_interval: int | None = None,
         reanalyze_cache: bool = True,
+        cache_refresh_fraction: float = 0.0,
         priority_alpha: float = 1.0,
         priority_beta: float = 1.0,
         reward_coef: float = 1.0,
@@ -211,6 +214,7 @@ class EZV2(OffPolicyAlgorithm):
         self.acting_update_interval = acting_update_interval
         self.target_update_interval = target_update_interval
         self.reanalyze_cache = reanalyze_cache
+        self.cache_refresh_fraction = cache_refresh_fraction
         self.priority_alpha = priority_alpha
         self.priority_beta = priority_beta
         self.reward_coef = reward_coef
@@ -428,14 +432,18 @@ class EZV2(OffPolicyAlgorithm):
         if policy_target == "auto":
             several = isinstance(self.action_space, spaces.Box) and int(np.prod(self.action_space.shape)) > 1
             policy_target = "best_action" if several else "candidates"
-        return Reanalyzer(
+        reanalyzer = Reanalyzer(
             self.policy.target_search,
             self.policy.target_network if self.tau == 1.0 else self.policy.bootstrap_network,
             buffer,
             value_target=self.value_target,
             best_action=policy_target == "best_action",
             cache=self.reanalyze_cache,
+            refresh_fraction=self.cache_refresh_fraction,
         )
+        if reanalyzer.cache is not None and self.verbose >= 1:
+            print(f"Search cache: {reanalyzer.cache.nbytes / 1e9:.2f} GB when full")
+        return reanalyzer
 
     # ------------------------------------------------------------------ collecting
 
@@ -565,17 +573,19 @@ class EZV2(OffPolicyAlgorithm):
             vf_coef=self.vf_coef,
             consistency_coef=self.consistency_coef,
             ent_coef=self.ent_coef,
+            bfloat16=policy.trains_in_bfloat16,
         )
-        policy.optimizer.zero_grad()
+        policy.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         grad_norm = th.nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm)
-        if fault := losses.not_finite(grad_norm):
+        value_errors, fault = losses.read(grad_norm)
+        if fault is not None:
             raise ValueError(
                 f"update {self._n_updates + 1} at step {self.num_timesteps}: the {fault} is NaN or infinite. The weights are "
                 "those before this update; a lower learning_rate or max_grad_norm, or rewards of a smaller range, may help."
             )
         policy.optimizer.step()
-        self.replay_buffer.update_priorities(batch.slots[:, 0], losses.value_error.cpu().numpy())
+        self.replay_buffer.update_priorities(batch.slots[:, 0], value_errors)
 
         self._n_updates += 1
         if self.tau < 1.0:
