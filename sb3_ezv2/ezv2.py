@@ -18,7 +18,6 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
 from stable_baselines3.common.utils import update_learning_rate
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_ezv2.frames import frames_per_observation
 from sb3_ezv2.losses import compute_losses
@@ -589,9 +588,7 @@ class EZV2(OffPolicyAlgorithm):
 
         self._n_updates += 1
         if self.tau < 1.0:
-            # weights and running statistics
-            with th.no_grad():
-                get_ema_multi_avg_fn(1 - self.tau)(policy.bootstrap_network.float_tensors(), network.float_tensors(), None)
+            policy.follow(self.tau)
         if self._n_updates % self.acting_update_interval == 0:
             policy.acting_network.load_state_dict(network.state_dict())
         if self._n_updates % self._target_update_interval == 0:

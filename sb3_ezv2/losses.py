@@ -125,7 +125,11 @@ def compute_losses(
     with th.autocast(batch.rewards.device.type, dtype=th.bfloat16, enabled=bfloat16):
         states = unroll(network, batch)  # [U + 1, B, ...]
         flat = states.flatten(0, 1)
-        value_out, reward_out, policy_out = network.value_head(flat), network.reward_logits(states[1:]), network.policy_head(flat)
+        value_out, reward_out, policy_out = (
+            network.value_head(flat),
+            network.reward_logits(states[1:]),
+            network.policy_head(flat),
+        )
         predicted = network.projection_predictor(network.project(states[1:].flatten(0, 1)))
         with th.no_grad():
             following = apply(lambda x: x[:, 1:].transpose(0, 1).flatten(0, 1), batch.observations)

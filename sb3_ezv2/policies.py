@@ -11,6 +11,7 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_ezv2.augmentation import augment
 from sb3_ezv2.distributions import SupportSpec
@@ -185,6 +186,11 @@ class Ezv2Policy(BasePolicy):
     def networks(self) -> list[BaseNetwork]:
         """:return: the trained network and its copies"""
         return [self.network, self.acting_network, self.target_network, self.bootstrap_network]
+
+    @th.no_grad()
+    def follow(self, tau: float) -> None:
+        """The bootstrap network's weights and running statistics move towards the trained network's. :param tau: by what share"""
+        get_ema_multi_avg_fn(1 - tau)(self.bootstrap_network.float_tensors(), self.network.float_tensors(), None)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         return self._predict(obs, deterministic=deterministic)

@@ -205,7 +205,9 @@ def check_settings(settings: dict[str, Any]) -> None:
     if not isinstance(settings["reanalyze_cache"], bool):
         raise ValueError(f"reanalyze_cache must be True or False, not {settings['reanalyze_cache']!r}.")
     if settings["cache_refresh_fraction"] > 0 and not settings["reanalyze_cache"]:
-        raise ValueError("cache_refresh_fraction is of the searches that reanalyze_cache remembers: set that to True, or this to 0.")
+        raise ValueError(
+            "cache_refresh_fraction is of the searches that reanalyze_cache remembers: set that to True, or this to 0."
+        )
 
 
 def _check_integer(name: str, value: Any, least: int, alternative: str = "") -> None:
