@@ -15,8 +15,9 @@ All times are medians in milliseconds over the updates of one run. A printed row
 - ``floor_ms``: the counted FLOPs of the matrix products and convolutions of an update (searches included) over the rate of
   a large matrix product, measured here in the same run
 
-A row of ``--out`` has more: the forward and the backward pass, augmentation, priorities and logging, the states searched, acting,
-steps and updates per second, the peak of the memory, and where it was measured.
+With the cache on, every stored state has been searched before the clock starts. A row of ``--out`` has more: the forward and the
+backward pass, augmentation, priorities and logging, the states searched, acting, steps and updates per second, the peak of
+the memory, and where it was measured.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from benchmarks.provenance import commit, machine
 from benchmarks.settings import SMALL, SMALL_IMAGES
 from sb3_ezv2 import EZV2
 from sb3_ezv2.losses import Targets, compute_losses
+from sb3_ezv2.replay_buffer import RUNNING
 from sb3_ezv2.search import NATIVE_MAX_ROOTS
 
 PAPER: dict[str, Any] = {
@@ -202,7 +204,7 @@ def make_model(obs: str, settings: dict[str, Any], cache: bool, device: str, tra
         learning_starts=transitions,
         reanalyze_cache=cache,
         device=device,
-        **{"buffer_size": 2_000 if images else 100_000, **settings},
+        **{"buffer_size": 2_000 if images else 100_000, "target_update_interval": 400, **settings},
     ).learn(transitions)
 
 
@@ -221,18 +223,22 @@ def measure(
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     images = obs == "image"
     model = make_model(obs, settings, cache, device, transitions or (400 if images else 2000))
-    assert model.replay_buffer is not None and model._reanalyzer is not None
+    buffer, reanalyzer = model.replay_buffer, model._reanalyzer
+    assert buffer is not None and reanalyzer is not None
     bfloat16 = model.policy.trains_in_bfloat16
     rate = matrix_rate(model.device, th.bfloat16 if bfloat16 else th.float32)
     model.learn((1 if images else 3) * model.n_envs, reset_num_timesteps=False)
     rest, per_state = count_flops(model)
+    if cache:
+        stored = np.flatnonzero((buffer.stamps >= 0) & (buffer.kinds == RUNNING))
+        for start in range(0, len(stored), 256):
+            reanalyzer.targets(buffer.sequences(stored[start : start + 256], unroll_steps=0), 0, np.random.default_rng(0))
 
     clock, policy = Clock(model.device), model.policy
     watched = [
-        (model.replay_buffer, "sample"), (model._reanalyzer, "targets"), (model._reanalyzer.search, "run"), (policy, "augment"),
+        (buffer, "sample"), (buffer, "update_priorities"), (reanalyzer, "targets"), (reanalyzer.search, "run"), (policy, "augment"),
         (algorithm, "compute_losses"), (th.Tensor, "backward"), (th.nn.utils, "clip_grad_norm_"), (policy.optimizer, "step"),
-        (policy, "follow"), (model.replay_buffer, "update_priorities"), (model, "_set_fresh_priorities"), (model, "_count"),
-        (model, "_sample_action"), (model, "train"),
+        (policy, "follow"), (model, "_set_fresh_priorities"), (model, "_count"), (model, "_sample_action"), (model, "_update"),
     ]  # fmt: skip
     for owner, name in watched:
         clock.watch(owner, name)
@@ -257,7 +263,7 @@ def measure(
         "search_ms": median("run"),
         "forward_backward_ms": median("compute_losses") + median("backward"),
         "optimizer_ms": median("clip_grad_norm_") + median("step") + median("follow"),
-        "update_ms": median("train"),
+        "update_ms": median("_update") + median("_set_fresh_priorities"),
         "floor_ms": (rest + statistics.median(searched) * per_state) / rate,
         # not printed
         "forward_ms": median("compute_losses"),
@@ -268,10 +274,10 @@ def measure(
         "floor_without_search_ms": rest / rate,
         "gflop_per_s": rate / 1e6,
         "searched_states": statistics.median(searched),
-        "transitions": model.replay_buffer.size(),
+        "transitions": buffer.size(),
         "acting_ms": median("_sample_action"),
         "acting_steps_per_s": 1e3 * model.n_envs / median("_sample_action"),
-        "updates_per_s": 1e3 / median("train"),
+        "updates_per_s": 1e3 / median("_update"),
         "n_envs": model.n_envs,
         "n_simulations": model.n_simulations,
     }

@@ -189,7 +189,7 @@ class Ezv2Policy(BasePolicy):
 
     @th.no_grad()
     def follow(self, tau: float) -> None:
-        """The bootstrap network's weights and running statistics move towards the trained network's. :param tau: by what share"""
+        """The bootstrap network's weights and running statistics move towards the trained ones. :param tau: by what share"""
         get_ema_multi_avg_fn(1 - tau)(self.bootstrap_network.float_tensors(), self.network.float_tensors(), None)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
