@@ -15,8 +15,8 @@ All times are medians in milliseconds over the updates of one run. A printed row
 - ``floor_ms``: the counted FLOPs of the matrix products and convolutions of an update (searches included) over the rate of
   a large matrix product, measured here in the same run
 
-With the cache on, every stored state has been searched before the clock starts. A row of ``--out`` has more: the forward and the
-backward pass, augmentation, priorities and logging, the states searched, acting, steps and updates per second, the peak of
+With the cache on, every stored state has been searched before the clock starts. A row of ``--out`` has more: the forward and
+the backward pass, augmentation, priorities and logging, the states searched, acting, steps and updates per second, the peak of
 the memory, and where it was measured.
 """
 
@@ -165,7 +165,7 @@ def matrix_rate(device: th.device, dtype: th.dtype, size: int = 2048) -> float:
     a, b = (th.randn(size, size, device=device).to(dtype) for _ in range(2))
     clock, owner = Clock(device), SimpleNamespace(product=lambda: a @ b)
     clock.watch(owner, "product")
-    for _ in range(20):
+    for _ in range(8):
         owner.product()
     return 2 * size**3 / min(clock.times["product"])
 
@@ -236,7 +236,8 @@ def measure(
 
     clock, policy = Clock(model.device), model.policy
     watched = [
-        (buffer, "sample"), (buffer, "update_priorities"), (reanalyzer, "targets"), (reanalyzer.search, "run"), (policy, "augment"),
+        (buffer, "sample"), (buffer, "update_priorities"), (reanalyzer, "targets"), (reanalyzer.search, "run"),
+        (policy, "augment"),
         (algorithm, "compute_losses"), (th.Tensor, "backward"), (th.nn.utils, "clip_grad_norm_"), (policy.optimizer, "step"),
         (policy, "follow"), (model, "_set_fresh_priorities"), (model, "_count"), (model, "_sample_action"), (model, "_update"),
     ]  # fmt: skip
