@@ -346,7 +346,9 @@ def test_vec_normalize_and_subprocesses() -> None:
     env.close()
 
 
-@pytest.mark.parametrize("settings", [dict(value_target="td", tau=0.01), dict(priority_alpha=0.0)], ids=["n-step values", "uniform"])
+@pytest.mark.parametrize(
+    "settings", [dict(value_target="td", tau=0.01), dict(priority_alpha=0.0)], ids=["n-step values", "uniform"]
+)
 def test_rewards_of_any_scale_are_learned_alike(settings: dict[str, Any]) -> None:
     """The same run with rewards times a power of two makes the same decisions: supports, search and priorities scale."""
 
