@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -122,7 +123,7 @@ def compute_losses(
     :return: see :class:`Losses`
     """
     size, steps = batch.rewards.shape
-    with th.autocast(batch.rewards.device.type, dtype=th.bfloat16, enabled=bfloat16):
+    with th.autocast(batch.rewards.device.type, dtype=th.bfloat16) if bfloat16 else nullcontext():
         states = unroll(network, batch)  # [U + 1, B, ...]
         flat = states.flatten(0, 1)
         value_out, reward_out, policy_out = (

@@ -1,5 +1,5 @@
 """
-What a GPU must give: the losses and searches of the CPU, the same run for the same seed, bfloat16 near float32, bounded memory.
+What a GPU must give: losses and searches of the CPU, the same run for the same seed, bfloat16 near float32, bounded memory.
 
 Skipped where there is no CUDA device; by name: ``pytest -m gpu``.
 """
@@ -59,7 +59,7 @@ def test_losses_and_gradients_are_those_of_the_cpu(space: spaces.Space) -> None:
 @KINDS
 @pytest.mark.parametrize("roots", [3, 100])
 def test_a_search_is_that_of_the_cpu(space: spaces.Space, roots: int) -> None:
-    """With the same noise; float32 rounds otherwise there, so that a few searches may choose otherwise where two choices tie."""
+    """With the same noise; float32 rounds otherwise there, so that a few may choose otherwise where two choices tie."""
     network = make_network(space).eval()
     observations = th.from_numpy(np.random.default_rng(0).standard_normal((roots, 3), dtype=np.float32))
     settings = SearchSettings(n_simulations=16, n_sampled_actions=4)

@@ -1,4 +1,4 @@
-"""One update: what it reads of the device, bfloat16, refreshed searches, and that nothing in it needs the numbers on the host."""
+"""One update: what it reads of the device, bfloat16, refreshed searches, and that nothing else needs numbers on the host."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_read() -> None:
 
 @KINDS
 def test_nothing_in_the_losses_and_the_step_reads_the_device(space: spaces.Space) -> None:
-    """On the meta device there are shapes but no numbers: what needs one on the host, or a shape that depends on one, fails."""
+    """The meta device has shapes but no numbers: what needs one on the host, or a shape that depends on one, fails."""
     network = make_network(space).to("meta")
     batch, targets = make_data(space)
 
@@ -118,7 +118,7 @@ def test_a_share_of_the_cache_is_searched_again() -> None:
 
 def test_memory_of_the_cache_is_said_and_checked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("Pendulum-v1", verbose=1, buffer_size=200_000).learn(1)
-    assert "Search cache: 0.03 GB when full" in capsys.readouterr().out
+    assert "Search cache: 0.01 GB when full" in capsys.readouterr().out
     assert model._reanalyzer is not None and model._reanalyzer.cache is not None
     cache = model._reanalyzer.cache
     assert cache.candidates is not None
