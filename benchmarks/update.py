@@ -193,19 +193,29 @@ def count_flops(model: EZV2) -> tuple[float, float]:
     return of_rest.get_total_flops(), of_search.get_total_flops() / min(roots, size * steps)
 
 
-def make_model(obs: str, settings: dict[str, Any], cache: bool, device: str, transitions: int) -> EZV2:
-    """:return: an agent that has collected so many transitions with random actions and is about to make its first update"""
+def make_model(obs: str, settings: dict[str, Any], cache: bool, device: str, transitions: int | None) -> EZV2:
+    """:return: an agent with so many transitions of random actions in its replay buffer that is about to make its first update"""
     images = obs == "image"
     env: VecEnv | gym.Env = VecFrameStack(DummyVecEnv([NoisyFrames] * IMAGE_ENVS), 4) if images else Noise()
-    return EZV2(
+    collected = 400 if images else 2_000
+    model = EZV2(
         "CnnPolicy" if images else "MlpPolicy",
         env,
         seed=0,
-        learning_starts=transitions,
+        learning_starts=collected,
         reanalyze_cache=cache,
         device=device,
         **{"buffer_size": 2_000 if images else 100_000, "target_update_interval": 400, **settings},
-    ).learn(transitions)
+    ).learn(collected)
+    buffer, rng = model.replay_buffer, np.random.default_rng(0)
+    assert buffer is not None
+    for _ in range(collected, transitions or 0, model.n_envs):  # the rest without an environment
+        step = [
+            rng.standard_normal((1, *x.shape), dtype=np.float32).clip(-1, 1)
+            for x in (Noise.observation_space, Noise.action_space)
+        ]
+        buffer.add(step[0], step[0], step[1], rng.random(1), np.zeros(1, bool), [{}])
+    return model
 
 
 def measure(
@@ -217,17 +227,16 @@ def measure(
     :param cache: its ``reanalyze_cache``
     :param updates: how many to time
     :param device: where the networks are
-    :param transitions: in the replay buffer before
+    :param transitions: of states, in the replay buffer before
     :return: the row, see the module's docstring
     """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    images = obs == "image"
-    model = make_model(obs, settings, cache, device, transitions or (400 if images else 2000))
+    model = make_model(obs, settings, cache, device, transitions)
     buffer, reanalyzer = model.replay_buffer, model._reanalyzer
     assert buffer is not None and reanalyzer is not None
     bfloat16 = model.policy.trains_in_bfloat16
     rate = matrix_rate(model.device, th.bfloat16 if bfloat16 else th.float32)
-    model.learn((1 if images else 3) * model.n_envs, reset_num_timesteps=False)
+    model.learn((1 if obs == "image" else 3) * model.n_envs, reset_num_timesteps=False)
     rest, per_state = count_flops(model)
     if cache:
         stored = np.flatnonzero((buffer.stamps >= 0) & (buffer.kinds == RUNNING))
@@ -295,7 +304,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cache", nargs="+", choices=("off", "on"), default=["off", "on"])
     parser.add_argument("--threads", type=int, default=th.get_num_threads())
     parser.add_argument("--updates", type=int, default=10, help="updates to time (default: %(default)s)")
-    parser.add_argument("--transitions", type=int, help="in the replay buffer before (default: 2000, images 400)")
+    parser.add_argument("--transitions", type=int, help="of states, in the replay buffer before (default: 2000)")
     parser.add_argument("--small", action="store_true", help="the small networks of the learning benchmarks instead")
     parser.add_argument("--batch-size", type=int, help="instead of the paper's 256")
     parser.add_argument("--bfloat16", action="store_true", help="train_dtype and search_dtype bfloat16")
