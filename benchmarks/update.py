@@ -194,7 +194,7 @@ def count_flops(model: EZV2) -> tuple[float, float]:
 
 
 def make_model(obs: str, settings: dict[str, Any], cache: bool, device: str, transitions: int | None) -> EZV2:
-    """:return: an agent with so many transitions of random actions in its replay buffer that is about to make its first update"""
+    """:return: an agent with so many transitions in its replay buffer that is about to make its first update"""
     images = obs == "image"
     env: VecEnv | gym.Env = VecFrameStack(DummyVecEnv([NoisyFrames] * IMAGE_ENVS), 4) if images else Noise()
     collected = 400 if images else 2_000
