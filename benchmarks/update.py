@@ -76,6 +76,9 @@ PAPER_IMAGES: dict[str, Any] = {
 
 IMAGE_ENVS = 8
 
+COLLECTED = {"state": 2_000, "image": 400}
+"""Steps of random actions before the first update."""
+
 COLUMNS = (
     "obs", "device", "batch", "cache", "sample_ms", "targets_ms", "search_ms", "forward_backward_ms", "optimizer_ms",
     "update_ms", "floor_ms",
@@ -160,7 +163,7 @@ class Clock:
         return statistics.median(self.times.get(name, [0.0]))
 
 
-def matrix_rate(device: th.device, dtype: th.dtype, size: int = 2048) -> float:
+def matrix_rate(device: th.device, dtype: th.dtype, size: int = 1536) -> float:
     """:return: FLOPs per millisecond of the fastest of some large matrix products"""
     a, b = (th.randn(size, size, device=device).to(dtype) for _ in range(2))
     clock, owner = Clock(device), SimpleNamespace(product=lambda: a @ b)
@@ -197,7 +200,7 @@ def make_model(obs: str, settings: dict[str, Any], cache: bool, device: str, tra
     """:return: an agent with so many transitions in its replay buffer that is about to make its first update"""
     images = obs == "image"
     env: VecEnv | gym.Env = VecFrameStack(DummyVecEnv([NoisyFrames] * IMAGE_ENVS), 4) if images else Noise()
-    collected = 400 if images else 2_000
+    collected = COLLECTED[obs]
     model = EZV2(
         "CnnPolicy" if images else "MlpPolicy",
         env,
