@@ -62,5 +62,5 @@ def test_counted_flops(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     memory.main(["--obs", "image", "--transitions", "200", "--out", str(tmp_path / "memory.jsonl")])
     row = json.loads(capsys.readouterr().out)
-    assert row["obs"] == "image" and row["transitions"] == 400 and 0 < row["libraries_gb"] <= row["peak_gb"] < np.inf
+    assert row["obs"] == "image" and row["transitions"] == 200 and 0 < row["libraries_gb"] <= row["peak_gb"] < np.inf
     assert json.loads((tmp_path / "memory.jsonl").read_text())["peak_gb"] == row["peak_gb"]
