@@ -14,7 +14,6 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict, TrainFreq
 from stable_baselines3.common.utils import update_learning_rate
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_ezv2.frames import frames_per_observation
 from sb3_ezv2.losses import compute_losses
@@ -79,6 +78,8 @@ class EZV2(ResumableAlgorithm):
     :param target_update_interval: updates between two refreshes of the network that reanalyzes; None: 2% of the planned
         ones, 400 at most
     :param reanalyze_cache: search each stored state once per refresh of the target network instead of each time it is drawn
+    :param cache_refresh_fraction: share of the states found in that cache that are searched again at each update; 0: each is
+        searched once per refresh
     :param priority_alpha: exponent of the priorities
     :param priority_beta: exponent of the importance weights
     :param reward_coef: weight of the reward loss (lambda_1 of Eq. 3)
@@ -147,6 +148,7 @@ class EZV2(ResumableAlgorithm):
         acting_update_interval: int = 100,
         target_update_interval: int | None = None,
         reanalyze_cache: bool = True,
+        cache_refresh_fraction: float = 0.0,
         priority_alpha: float = 1.0,
         priority_beta: float = 1.0,
         reward_coef: float = 1.0,
@@ -211,6 +213,7 @@ class EZV2(ResumableAlgorithm):
         self.acting_update_interval = acting_update_interval
         self.target_update_interval = target_update_interval
         self.reanalyze_cache = reanalyze_cache
+        self.cache_refresh_fraction = cache_refresh_fraction
         self.priority_alpha = priority_alpha
         self.priority_beta = priority_beta
         self.reward_coef = reward_coef
@@ -408,14 +411,18 @@ class EZV2(ResumableAlgorithm):
         )
 
     def _make_reanalyzer(self, buffer: SequenceReplayBuffer) -> Reanalyzer:
-        return Reanalyzer(
+        reanalyzer = Reanalyzer(
             self.policy.target_search,
             self.policy.target_network if self.tau == 1.0 else self.policy.bootstrap_network,
             buffer,
             value_target=self.value_target,
             best_action=learns_best_action(self.policy_target, self.action_space, self.n_sampled_actions),
             cache=self.reanalyze_cache,
+            refresh_fraction=self.cache_refresh_fraction,
         )
+        if reanalyzer.cache is not None and self.verbose >= 1:
+            print(f"Search cache: {reanalyzer.cache.nbytes / 1e9:.2f} GB when full")
+        return reanalyzer
 
     # ------------------------------------------------------------------ collecting
 
@@ -519,12 +526,12 @@ class EZV2(ResumableAlgorithm):
             with th.no_grad():
                 values = self.policy.network.values(apply(lambda x: x[:, 0], batch.observations))
             errors = (values - self._reanalyzer.td_values(batch)[:, 0]).abs()
-            self._update_priorities(slots, errors)
+            self._update_priorities(slots, errors.cpu().numpy())
 
-    def _update_priorities(self, slots: np.ndarray, errors: th.Tensor) -> None:
+    def _update_priorities(self, slots: np.ndarray, errors: np.ndarray) -> None:
         assert self.replay_buffer is not None
         try:
-            self.replay_buffer.update_priorities(slots, errors.cpu().numpy())
+            self.replay_buffer.update_priorities(slots, errors)
         except ValueError as error:
             raise ValueError(f"update {self._n_updates + 1} at step {self.num_timesteps}: {error}") from None
 
@@ -550,23 +557,23 @@ class EZV2(ResumableAlgorithm):
             vf_coef=self.vf_coef,
             consistency_coef=self.consistency_coef,
             ent_coef=self.ent_coef,
+            bfloat16=policy.trains_in_bfloat16,
         )
-        policy.optimizer.zero_grad()
+        policy.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         grad_norm = th.nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm)
-        if fault := losses.not_finite(grad_norm):
+        value_errors, fault = losses.read(grad_norm)
+        if fault is not None:
             raise ValueError(
                 f"update {self._n_updates + 1} at step {self.num_timesteps}: the {fault} is NaN or infinite. The weights are "
                 "those before this update; a lower learning_rate or max_grad_norm, or rewards of a smaller range, may help."
             )
         policy.optimizer.step()
-        self._update_priorities(batch.slots[:, 0], losses.value_error)
+        self._update_priorities(batch.slots[:, 0], value_errors)
 
         self._n_updates += 1
         if self.tau < 1.0:
-            # weights and running statistics
-            with th.no_grad():
-                get_ema_multi_avg_fn(1 - self.tau)(policy.bootstrap_network.float_tensors(), network.float_tensors(), None)
+            policy.follow(self.tau)
         if self._n_updates % self.acting_update_interval == 0:
             policy.acting_network.load_state_dict(network.state_dict())
         if self._n_updates % self._target_update_interval == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -54,8 +55,14 @@ class Losses(NamedTuple):
     entropy: th.Tensor
     value_error: th.Tensor
 
-    def not_finite(self, grad_norm: th.Tensor) -> str | None:
-        """:param grad_norm: norm of the total's gradient :return: name of the first term that is NaN or infinite, or None"""
+    def read(self, grad_norm: th.Tensor) -> tuple[np.ndarray, str | None]:
+        """
+        The one read of the device in an update: the value errors are the next priorities, and no weight may change where
+        a loss is NaN.
+
+        :param grad_norm: norm of the total's gradient
+        :return: float32 [B], the value errors; name of the first term that is NaN or infinite, or None
+        """
         terms = {
             "reward loss": self.reward,
             "policy loss": self.policy,
@@ -65,9 +72,10 @@ class Losses(NamedTuple):
             "value error": self.value_error.sum(),
             "gradient": grad_norm,
         }
-        # One read of the device for all of them
-        finite = th.isfinite(th.stack([term.detach() for term in terms.values()])).tolist()
-        return next((name for name, is_finite in zip(terms, finite) if not is_finite), None)
+        scalars = th.stack([term.detach() for term in terms.values()])
+        values = th.cat([self.value_error, scalars]).cpu().numpy()
+        errors, finite = values[: -len(terms)], np.isfinite(values[-len(terms) :])
+        return errors, next((name for name, is_finite in zip(terms, finite) if not is_finite), None)
 
 
 def unroll(network: BaseNetwork, batch: Batch) -> th.Tensor:
@@ -95,6 +103,7 @@ def compute_losses(
     vf_coef: float = 0.25,
     consistency_coef: float = 2.0,
     ent_coef: float = 5e-3,
+    bfloat16: bool = False,
 ) -> Losses:
     """
     Eq. 3 summed over the unroll, with the whole scaled by 1 / U.
@@ -111,19 +120,30 @@ def compute_losses(
     :param vf_coef: lambda_3
     :param consistency_coef: lambda_4
     :param ent_coef: weight of the entropy bonus
+    :param bfloat16: matrix products and convolutions in bfloat16 (autocast); the weights and the losses are float32
     :return: see :class:`Losses`
     """
     size, steps = batch.rewards.shape
-    states = unroll(network, batch)  # [U + 1, B, ...]
-    flat = states.flatten(0, 1)
+    with th.autocast(batch.rewards.device.type, dtype=th.bfloat16) if bfloat16 else nullcontext():
+        states = unroll(network, batch)  # [U + 1, B, ...]
+        flat = states.flatten(0, 1)
+        value_out, reward_out, policy_out = (
+            network.value_head(flat),
+            network.reward_logits(states[1:]),
+            network.policy_head(flat),
+        )
+        predicted = network.projection_predictor(network.project(states[1:].flatten(0, 1)))
+        with th.no_grad():
+            following = apply(lambda x: x[:, 1:].transpose(0, 1).flatten(0, 1), batch.observations)
+            observed = network.project(network.represent(following))
 
-    value_logits = network.value_head(flat).unflatten(0, (steps + 1, size)).transpose(0, 1)  # [B, U + 1, bins]
+    value_logits = value_out.float().unflatten(0, (steps + 1, size)).transpose(0, 1)  # [B, U + 1, bins]
     value = _sum(network.value_support.cross_entropy(value_logits, targets.values), targets.value_mask)
-    reward_logits = network.reward_logits(states[1:]).transpose(0, 1)  # [B, U, bins]
+    reward_logits = reward_out.float().transpose(0, 1)  # [B, U, bins]
     reward_targets = network.reward_targets(batch.rewards)
     reward = _sum(network.reward_support.cross_entropy(reward_logits, reward_targets), batch.reward_mask)
 
-    policy_out = network.policy_head(flat).unflatten(0, (steps + 1, size)).transpose(0, 1)  # [B, U + 1, outputs]
+    policy_out = policy_out.float().unflatten(0, (steps + 1, size)).transpose(0, 1)  # [B, U + 1, outputs]
     if targets.candidates is None:
         log_prob = F.log_softmax(policy_out, dim=-1)
         step_entropy = -(log_prob.exp() * log_prob).sum(-1)
@@ -137,11 +157,7 @@ def compute_losses(
     policy = _sum(-(targets.policies * log_prob).sum(-1), batch.policy_mask)
     entropy = _sum(step_entropy, batch.policy_mask)
 
-    predicted = network.projection_predictor(network.project(states[1:].flatten(0, 1)))
-    with th.no_grad():
-        following = apply(lambda x: x[:, 1:].transpose(0, 1).flatten(0, 1), batch.observations)
-        observed = network.project(network.represent(following))
-    similarity = F.cosine_similarity(predicted, observed, dim=-1).unflatten(0, (steps, size)).transpose(0, 1)
+    similarity = F.cosine_similarity(predicted.float(), observed.float(), dim=-1).unflatten(0, (steps, size)).transpose(0, 1)
     consistency = _sum(-similarity, batch.observed[:, 1:])
 
     per_sequence = (

@@ -11,10 +11,12 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_ezv2.augmentation import augment
 from sb3_ezv2.distributions import SquashedGaussian, SupportSpec, mode
 from sb3_ezv2.image_networks import ImageNetwork
+from sb3_ezv2.inference import bfloat16_is_fast
 from sb3_ezv2.multi_discrete import first_category
 from sb3_ezv2.networks import BaseNetwork, Ezv2Network
 from sb3_ezv2.search import GumbelSearch, SearchResult, SearchSettings
@@ -52,6 +54,8 @@ class Ezv2Policy(BasePolicy):
     :param lstm_dim: width of that LSTM
     :param search_dtype: ``"bfloat16"``: matrix products of large searches in bfloat16, where the processor has it;
         its effect on learning is not known
+    :param train_dtype: ``"bfloat16"``: matrix products and convolutions of training in bfloat16 (autocast), where the
+        processor has it; weights, losses and the optimizer stay float32
     :param features_extractor_class: Features extractor to use
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
@@ -75,6 +79,7 @@ class Ezv2Policy(BasePolicy):
         value_prefix: bool,
         lstm_dim: int,
         search_dtype: str,
+        train_dtype: str,
         features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -103,6 +108,7 @@ class Ezv2Policy(BasePolicy):
         self.value_prefix = value_prefix
         self.lstm_dim = lstm_dim
         self.search_dtype = search_dtype
+        self.train_dtype = train_dtype
         self._check_settings()
         self.network = self._make_network()
         if isinstance(reward_scale, (int, float)):
@@ -130,6 +136,11 @@ class Ezv2Policy(BasePolicy):
         """Steps of a window of the value prefix; 0: there is none."""
         return PREFIX_WINDOW if self.value_prefix else 0
 
+    @property
+    def trains_in_bfloat16(self) -> bool:
+        """``train_dtype`` asks for bfloat16 and the processor computes in it."""
+        return self.train_dtype == "bfloat16" and (self.device.type != "cpu" or bfloat16_is_fast())
+
     def _check_settings(self) -> None:
         widths = self.net_arch
         if not isinstance(widths, (list, tuple)) or not widths or not all(isinstance(w, int) and w > 0 for w in widths):
@@ -142,8 +153,9 @@ class Ezv2Policy(BasePolicy):
             raise ValueError(f'reward_scale must be "auto" or a positive number, not {scale!r}')
         if not isinstance(self.value_prefix, bool):
             raise ValueError(f"value_prefix must be True or False, not {self.value_prefix!r}")
-        if self.search_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f'search_dtype must be "float32" or "bfloat16", not {self.search_dtype!r}')
+        for name, dtype in (("search_dtype", self.search_dtype), ("train_dtype", self.train_dtype)):
+            if dtype not in ("float32", "bfloat16"):
+                raise ValueError(f'{name} must be "float32" or "bfloat16", not {dtype!r}')
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -158,6 +170,7 @@ class Ezv2Policy(BasePolicy):
             value_prefix=self.value_prefix,
             lstm_dim=self.lstm_dim,
             search_dtype=self.search_dtype,
+            train_dtype=self.train_dtype,
             optimizer_class=self.optimizer_class,
             optimizer_kwargs=self.optimizer_kwargs,
         )
@@ -236,6 +249,11 @@ class Ezv2Policy(BasePolicy):
             settings = self.search_settings._replace(n_simulations=int(n_simulations))
             self._other_searches[n_simulations] = GumbelSearch(self.network, settings, bfloat16=self.search.bfloat16)
         return self._other_searches[n_simulations]
+
+    @th.no_grad()
+    def follow(self, tau: float) -> None:
+        """The bootstrap network's weights and running statistics move towards the trained ones. :param tau: by what share"""
+        get_ema_multi_avg_fn(1 - tau)(self.bootstrap_network.float_tensors(), self.network.float_tensors(), None)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         return self._predict(obs, deterministic=deterministic)
@@ -342,6 +360,8 @@ class MlpPolicy(Ezv2Policy):
     :param lstm_dim: width of that LSTM (EfficientZero App. A.1: 512)
     :param search_dtype: ``"bfloat16"``: matrix products of large searches in bfloat16, where the processor has it;
         its effect on learning is not known
+    :param train_dtype: ``"bfloat16"``: matrix products and convolutions of training in bfloat16 (autocast), where the
+        processor has it; weights, losses and the optimizer stay float32
     :param features_extractor_class: Features extractor to use
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
@@ -368,6 +388,7 @@ class MlpPolicy(Ezv2Policy):
         value_prefix: bool = False,
         lstm_dim: int = 512,
         search_dtype: str = "float32",
+        train_dtype: str = "float32",
         features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -392,6 +413,7 @@ class MlpPolicy(Ezv2Policy):
             value_prefix=value_prefix,
             lstm_dim=lstm_dim,
             search_dtype=search_dtype,
+            train_dtype=train_dtype,
             features_extractor_class=features_extractor_class,
             features_extractor_kwargs=features_extractor_kwargs,
             normalize_images=normalize_images,
@@ -452,6 +474,8 @@ class CnnPolicy(Ezv2Policy):
     :param lstm_dim: width of that LSTM (App. A.1: 512)
     :param search_dtype: ``"bfloat16"``: matrix products of large searches in bfloat16, where the processor has it;
         its effect on learning is not known
+    :param train_dtype: ``"bfloat16"``: matrix products and convolutions of training in bfloat16 (autocast), where the
+        processor has it; weights, losses and the optimizer stay float32
     :param random_shift: largest shift of a training image in pixels; 0: none
     :param random_intensity: standard deviation of the factor of a training image's intensity; 0: none
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
@@ -479,6 +503,7 @@ class CnnPolicy(Ezv2Policy):
         value_prefix: bool = False,
         lstm_dim: int = 512,
         search_dtype: str = "float32",
+        train_dtype: str = "float32",
         random_shift: int = 4,
         random_intensity: float = 0.05,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
@@ -506,6 +531,7 @@ class CnnPolicy(Ezv2Policy):
             value_prefix=value_prefix,
             lstm_dim=lstm_dim,
             search_dtype=search_dtype,
+            train_dtype=train_dtype,
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
         )

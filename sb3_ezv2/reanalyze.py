@@ -16,6 +16,7 @@ from sb3_ezv2.networks import BaseNetwork
 from sb3_ezv2.observations import apply
 from sb3_ezv2.replay_buffer import Batch, SequenceReplayBuffer
 from sb3_ezv2.search import GumbelSearch, SearchResult
+from sb3_ezv2.validation import check_memory
 
 
 class _Roots(NamedTuple):
@@ -38,7 +39,8 @@ class SearchCache:
 
     The target network is frozen between two refreshes while the same states are drawn again and again; here each
     is searched once per refresh. Entries belong to a slot, to what was written there, and to a version of the network; a
-    refresh makes all of them stale by one integer.
+    refresh makes all of them stale by one integer. There is one entry per slot, so that the memory is bounded
+    (:meth:`estimate_nbytes`).
 
     It is pickled with the buffer, and told from one of another agent by a digest of what made its searches.
 
@@ -47,6 +49,7 @@ class SearchCache:
     :param action_dim: numbers of one candidate; None for discrete actions
     :param action_dtype: of them
     :param digest: of the network and the settings of the searches as they are when it is called
+    :raises ValueError: more memory than is free
     """
 
     def __init__(
@@ -60,6 +63,8 @@ class SearchCache:
         size = len(buffer.stamps)
         self.digest = digest
         self.made_by = b""
+        self.nbytes = self.estimate_nbytes(size, num_candidates, action_dim, action_dtype)
+        check_memory(self.nbytes, size, "search cache", "or give reanalyze_cache=False")
         self.buffer = buffer
         self.version = 0
         # zeroed memory costs nothing before it is written to
@@ -85,6 +90,16 @@ class SearchCache:
         """:return: names of the arrays with a row for each slot, and what they hold before it is searched"""
         arrays = {"versions": -1, "stamps": -1, "values": 0, "policies": 0}
         return arrays if self.candidates is None else {**arrays, "candidates": 0}
+
+    @staticmethod
+    def estimate_nbytes(
+        size: int, num_candidates: int, action_dim: int | None, action_dtype: type[np.generic] = np.float32
+    ) -> int:
+        """
+        :param size: slots of the replay buffer
+        :return: bytes that the cache takes when every state was searched; the other arguments are those of the constructor
+        """
+        return size * (2 * 8 + 4 + num_candidates * (4 + np.dtype(action_dtype).itemsize * (action_dim or 0)))
 
     def hits(self, slots: np.ndarray) -> np.ndarray:
         """:param slots: int64 [n] :return: bool [n], where there is a search of this state under the present network"""
@@ -135,6 +150,7 @@ class Reanalyzer:
     :param fresh_transitions: sequences that start among so many newest transitions keep n-step values (T2)
     :param best_action: the policy's target is the recommended action (Eq. 9), not all candidates (Eq. 8)
     :param cache: search each state once per refresh of the target network
+    :param refresh_fraction: share of the states found in the cache that are searched again, and replaced there
     """
 
     def __init__(
@@ -147,6 +163,7 @@ class Reanalyzer:
         fresh_transitions: int = 20_000,
         best_action: bool = False,
         cache: bool = True,
+        refresh_fraction: float = 0.0,
     ):
         self.search = search
         self.bootstrap = bootstrap
@@ -155,6 +172,7 @@ class Reanalyzer:
         self.mixed_value_start = mixed_value_start
         self.fresh_transitions = fresh_transitions
         self.best_action = best_action
+        self.refresh_fraction = refresh_fraction
         self.discrete = search.model.discrete
         self.cache: SearchCache | None = None
         if cache:
@@ -196,16 +214,15 @@ class Reanalyzer:
         """
         values, value_mask = self.td_values(batch), batch.value_mask
         mask = batch.policy_mask  # [B, U + 1] the states to search
-        roots, stats = self._search(batch, rng)
-        shape = mask.shape
+        rows = np.flatnonzero(mask.cpu().numpy())  # [n] the same, of [B * (U + 1)]
+        roots, stats = self._search(batch, rows, rng)
+        index = th.from_numpy(rows).to(mask.device)
 
         def spread(x: th.Tensor) -> th.Tensor:
             """[n, ...] of the searched states to [B, U + 1, ...], 0 elsewhere."""
-            out = x.new_zeros(*shape, *x.shape[1:])
-            out[mask] = x
-            return out
+            return x.new_zeros(mask.numel(), *x.shape[1:]).index_copy_(0, index, x).unflatten(0, mask.shape)
 
-        stats["target/td_value"] = values[value_mask].mean()
+        stats["target/td_value"] = th.where(value_mask, values, 0).sum() / value_mask.sum().clamp(min=1)
         stats["target/search_value"] = roots.value.mean()
         if self.value_target == "search":
             by_search = th.ones(len(values), dtype=th.bool, device=values.device)
@@ -241,24 +258,30 @@ class Reanalyzer:
             return _Roots(result.value, th.nn.functional.one_hot(best, result.policy.shape[1]).float(), None)
         return _Roots(result.value, th.ones_like(result.policy[:, :1]), best.unsqueeze(1))
 
-    def _search(self, batch: Batch, rng: np.random.Generator) -> tuple[_Roots, dict[str, th.Tensor]]:
-        """:return: the searches of the n states that ``batch.policy_mask`` selects, and statistics of them"""
-        mask = batch.policy_mask
-        observations = apply(lambda x: x[mask], batch.observations)
-        device = mask.device
-        result: SearchResult | None = None
+    def _search(self, batch: Batch, rows: np.ndarray, rng: np.random.Generator) -> tuple[_Roots, dict[str, th.Tensor]]:
+        """
+        :param rows: int64 [n], the states to search, of all B * (U + 1)
+        :return: their searches, and statistics of them
+        """
+        device = batch.policy_mask.device
+
+        def observations(chosen: np.ndarray) -> Any:
+            index = th.from_numpy(chosen).to(device)
+            return apply(lambda x: x.flatten(0, 1).index_select(0, index), batch.observations)
+
         if self.cache is None:
-            result = self.search.run(observations, rng)
-            roots = self._roots(result)
-            return roots, _search_stats(result, searched=len(roots.value), wanted=len(roots.value))
-        slots = batch.slots[mask.cpu().numpy()]
+            result = self.search.run(observations(rows), rng)
+            return self._roots(result), _search_stats(result, searched=len(rows), wanted=len(rows))
+        slots = batch.slots.reshape(-1)[rows]
         unique, first = np.unique(slots, return_index=True)
-        missing = ~self.cache.hits(unique)
-        if missing.any():
-            rows = th.from_numpy(first[missing]).to(device)
-            result = self.search.run(apply(lambda x: x[rows], observations), rng)
-            self.cache.put(unique[missing], self._roots(result))
-        return self.cache.get(slots, device), _search_stats(result, searched=int(missing.sum()), wanted=len(slots))
+        due = ~self.cache.hits(unique)
+        if self.refresh_fraction > 0:
+            due |= rng.random(len(unique)) < self.refresh_fraction
+        if not due.any():
+            return self.cache.get(slots, device), _search_stats(None, searched=0, wanted=len(slots))
+        result = self.search.run(observations(rows[first[due]]), rng)
+        self.cache.put(unique[due], self._roots(result))
+        return self.cache.get(slots, device), _search_stats(result, searched=int(due.sum()), wanted=len(slots))
 
 
 def _search_stats(result: SearchResult | None, searched: int, wanted: int) -> dict[str, th.Tensor]:

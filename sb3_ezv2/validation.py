@@ -171,17 +171,19 @@ def _check_image(name: str, space: spaces.Box, n_downsamples: int) -> None:
         )
 
 
-def check_memory(nbytes: int, buffer_size: int) -> None:
+def check_memory(nbytes: int, buffer_size: int, what: str = "replay buffer", alternative: str = "") -> None:
     """
-    :param nbytes: what a replay buffer takes when it is full
-    :param buffer_size: its size
+    :param nbytes: what a replay buffer, or something that grows with it, takes when it is full
+    :param buffer_size: the replay buffer's size
+    :param what: name of what takes the memory
+    :param alternative: what else can be done than to lower ``buffer_size``
     :raises ValueError: so much memory is not free
     """
     free = free_memory()
     if free is not None and nbytes > free:
         raise ValueError(
-            f"the replay buffer takes {nbytes / 1e9:.2f} GB when full, but {free / 1e9:.2f} GB of memory are free: lower "
-            f"buffer_size to at most {int(buffer_size * free / nbytes)}."
+            f"the {what} takes {nbytes / 1e9:.2f} GB when full, but {free / 1e9:.2f} GB of memory are free: lower "
+            f"buffer_size to at most {int(buffer_size * free / nbytes)}{alternative and ', ' + alternative}."
         )
 
 
@@ -240,7 +242,7 @@ def check_settings(settings: dict[str, Any]) -> None:
         )
     if settings["batch_size"] * settings["unroll_steps"] < 2:
         raise ValueError("batch_size and unroll_steps cannot both be 1: batch norm needs more than one state.")
-    for name in ("gamma", "policy_action_fraction", "warmup_fraction"):
+    for name in ("gamma", "policy_action_fraction", "warmup_fraction", "cache_refresh_fraction"):
         _check_number(name, settings[name], 0, 1)
     for name in ("tau", "lr_decay_factor"):
         _check_number(name, settings[name], 0, 1, open_low=True)
@@ -257,14 +259,17 @@ def check_settings(settings: dict[str, Any]) -> None:
         "ent_coef",
     ):
         _check_number(name, settings[name], 0, math.inf)
-    if settings["c_scale"] is not None:
-        _check_number("c_scale", settings["c_scale"], 0, math.inf)
+    _check_number("c_scale", 0.0 if settings["c_scale"] is None else settings["c_scale"], 0, math.inf)
     if not callable(settings["learning_rate"]):
         _check_number("learning_rate", settings["learning_rate"], 0, math.inf)
     _check_choice("value_target", settings["value_target"], ("mixed", "td", "search"))
     _check_choice("policy_target", settings["policy_target"], ("auto", "candidates", "best_action"))
     if not isinstance(settings["reanalyze_cache"], bool):
         raise ValueError(f"reanalyze_cache must be True or False, not {settings['reanalyze_cache']!r}.")
+    if settings["cache_refresh_fraction"] > 0 and not settings["reanalyze_cache"]:
+        raise ValueError(
+            "cache_refresh_fraction is of the searches that reanalyze_cache remembers: set that to True, or this to 0."
+        )
 
 
 def check_integer(name: str, value: Any, least: int, alternative: str = "") -> None:
