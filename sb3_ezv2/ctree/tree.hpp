@@ -21,6 +21,8 @@
 #include <thread>
 #include <vector>
 
+#include "simd.hpp"
+
 namespace ezv2 {
 
 // Below this many roots per thread, starting a thread costs more than it saves.
@@ -47,27 +49,6 @@ inline double exp_negative(double x) {
     std::memcpy(&exponent, &shifted, sizeof exponent);
     std::memcpy(&bits, &p, sizeof bits);
     bits += exponent << 52;
-    std::memcpy(&p, &bits, sizeof bits);
-    return p;
-}
-
-// The same to 1e-7, for -87 <= x <= 0.
-inline float exp_float(float x) {
-    const float shifted = x * 1.44269504f + 12582912.0f;
-    const float n = shifted - 12582912.0f;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.0f / 5040;
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    uint32_t bits, exponent;
-    std::memcpy(&exponent, &shifted, sizeof bits);
-    std::memcpy(&bits, &p, sizeof bits);
-    bits += exponent << 23;
     std::memcpy(&p, &bits, sizeof bits);
     return p;
 }
@@ -162,7 +143,7 @@ public:
     void reset(int num_roots, const float* root_value, const float* logits, const float* gumbel) {
         B = num_roots;
         simulation = 0;
-        parallel([=](int b, int, double*) {
+        each_root([=](int b, int, double*) {
             const size_t edge = size_t(b) * K;
             Node& root = nodes_[size_t(b) * (S + 1)];
             root = Node{};
@@ -185,18 +166,18 @@ public:
     // action: index among the parent's candidates. edge: row of a flat pool of candidates, the B * K of the roots
     // first, then M for each inner node in the order of the state pool.
     void select(int64_t* parent, int64_t* action, int64_t* edge) {
-        parallel([=](int b, int, double* scratch) { select_one(b, simulation, scratch, parent, action, edge); });
+        each_root([=](int b, int, double* scratch) { select_one(b, simulation, scratch, parent, action, edge); });
     }
 
     // Adds the selected edges' children and backs their values up. logits == nullptr: equal priors.
     void backup(const float* reward, const float* value, const float* logits) {
-        parallel([=](int b, int, double*) { backup_one(b, reward, value, logits); });
+        each_root([=](int b, int, double*) { backup_one(b, reward, value, logits); });
         ++simulation;
     }
 
     // backup() and the select() of the next simulation, in one walk over the roots.
     void step(const float* reward, const float* value, const float* logits, int64_t* parent, int64_t* action, int64_t* edge) {
-        parallel([=](int b, int end, double* scratch) {
+        each_root([=](int b, int end, double* scratch) {
             prefetch(b, end);
             backup_one(b, reward, value, logits);
             select_one(b, simulation + 1, scratch, parent, action, edge);
@@ -246,15 +227,32 @@ public:
         for (int b = 0; b < B; ++b) out[b] = static_cast<float>(roots_[b].depth_sum / double(std::max(1, simulation)));
     }
 
-private:
-    // What a search keeps besides its nodes: the bounds of all q's that have appeared in it.
-    struct Root {
-        double q_min = std::numeric_limits<double>::infinity();
-        double q_max = -std::numeric_limits<double>::infinity();
-        int64_t depth_sum = 0;
-        int32_t leaf_slot = 0, leaf_action = 0;  // the edge selected last
-        int32_t most_visits = 0;                 // of the root's actions
-    };
+    // What follows serves callers that do more in the same walk over the roots; they count `simulation` up afterwards.
+
+    int threads() const { return std::max(1, std::min(num_threads_, B / kMinRootsPerThread)); }
+
+    // Calls function(begin, end, part, scratch) for the roots begin to end of each of threads() threads.
+    template <typename Function>
+    void over_roots(Function function) {
+        const int threads = this->threads();
+        const size_t width = std::min(S, M) + 1;
+        if (scratch_.size() < threads * width) scratch_.resize(threads * width);
+        auto run = [&](int part) {
+            const int begin = int(int64_t(B) * part / threads), end = int(int64_t(B) * (part + 1) / threads);
+            function(begin, end, part, &scratch_[part * width]);
+        };
+        // Threads are started per call: no pool that a fork would leave without its threads, and no second OpenMP
+        // runtime beside the one of torch.
+        std::vector<std::thread> others;
+        int part = 1;
+        try {
+            for (; part < threads; ++part) others.emplace_back(run, part);
+        } catch (const std::system_error&) {  // no more threads to be had: the rest is done here
+        }
+        run(0);
+        for (; part < threads; ++part) run(part);
+        for (auto& thread : others) thread.join();
+    }
 
     // Between two calls the model has used the caches for itself: what the roots ahead will need is asked for in time.
     void prefetch(int b, int end) const {
@@ -281,6 +279,90 @@ private:
         (void)end;
 #endif
     }
+
+    // Walks root b's tree to an edge without a child; s: the simulation. scratch: of the thread, see over_roots.
+    void select_one(int b, int s, double* scratch, int64_t* parent, int64_t* action, int64_t* edge) {
+        const Node* nodes = &nodes_[size_t(b) * (S + 1)];
+        int32_t slot = 0, depth = 1;
+        int a = select_root(b, schedule_[s]);
+        int32_t child = root_child_[size_t(b) * K + a];
+        while (child >= 0) {
+            slot = child;
+            ++depth;
+            a = select_inner(b, nodes[slot], scratch, &child);
+        }
+        Root& root = roots_[b];
+        root.leaf_slot = slot;
+        root.leaf_action = a;
+        root.depth_sum += depth;
+        parent[b] = int64_t(slot) * B + b;
+        action[b] = a;
+        edge[b] = slot == 0 ? int64_t(b) * K + a : int64_t(B) * K + ((int64_t(slot) - 1) * B + b) * M + a;
+    }
+
+    // Adds the child of root b's selected edge and backs its value up.
+    void backup_one(int b, const float* reward, const float* value, const float* logits) {
+        const int32_t slot = simulation + 1;
+        Node* nodes = &nodes_[size_t(b) * (S + 1)];
+        Root& root = roots_[b];
+        Node& parent = nodes[root.leaf_slot];
+        Node& leaf = nodes[slot];
+        leaf.return_sum = 0.0;
+        leaf.visits = 0;
+        leaf.raw_value = value[b];
+        leaf.reward = reward[b];
+        leaf.parent = root.leaf_slot;
+        leaf.action = root.leaf_action;
+        leaf.child = -1;
+        float* open = &open_[(size_t(b) * S + (slot - 1)) * M];
+        if (logits != nullptr) {
+            softmax(logits + size_t(b) * M, M, open);
+        } else {
+            std::fill_n(open, M, 1.0f / M);
+        }
+        find_next(leaf, open);
+        if (root.leaf_slot == 0) {
+            leaf.prior = root_prior_[size_t(b) * K + leaf.action];
+            leaf.sibling = -1;  // the root has its children in root_child_
+            root_child_[size_t(b) * K + leaf.action] = slot;
+        } else {
+            leaf.prior = parent.next_prior;
+            leaf.sibling = parent.child;
+            parent.child = slot;
+            float* parents_open = &open_[(size_t(b) * S + (root.leaf_slot - 1)) * M];
+            parents_open[leaf.action] = 0.0f;
+            find_next(parent, parents_open);
+        }
+
+        double ret = value[b];
+        int32_t node = slot;
+        while (true) {
+            Node& x = nodes[node];
+            x.return_sum += ret;
+            ++x.visits;
+            x.q = x.reward + discount_ * (x.return_sum / x.visits);
+            root.q_min = std::min(root.q_min, x.q);
+            root.q_max = std::max(root.q_max, x.q);
+            ret = x.reward + discount_ * ret;
+            if (x.parent == 0) break;
+            node = x.parent;
+        }
+        root_q_[size_t(b) * K + nodes[node].action] = nodes[node].q;
+        root_visits_[size_t(b) * K + nodes[node].action] = nodes[node].visits;
+        root.most_visits = std::max(root.most_visits, nodes[node].visits);
+        nodes[0].return_sum += ret;
+        ++nodes[0].visits;
+    }
+
+private:
+    // What a search keeps besides its nodes: the bounds of all q's that have appeared in it.
+    struct Root {
+        double q_min = std::numeric_limits<double>::infinity();
+        double q_max = -std::numeric_limits<double>::infinity();
+        int64_t depth_sum = 0;
+        int32_t leaf_slot = 0, leaf_action = 0;  // the edge selected last
+        int32_t most_visits = 0;                 // of the root's actions
+    };
 
     // sigma(q) = scale * (q - q_min). Only differences of sigmas count, in every softmax and every argmax.
     double sigma_scale(int b, int32_t most_visits) const {
@@ -373,78 +455,6 @@ private:
         return best;
     }
 
-    void select_one(int b, int s, double* scratch, int64_t* parent, int64_t* action, int64_t* edge) {
-        const Node* nodes = &nodes_[size_t(b) * (S + 1)];
-        int32_t slot = 0, depth = 1;
-        int a = select_root(b, schedule_[s]);
-        int32_t child = root_child_[size_t(b) * K + a];
-        while (child >= 0) {
-            slot = child;
-            ++depth;
-            a = select_inner(b, nodes[slot], scratch, &child);
-        }
-        Root& root = roots_[b];
-        root.leaf_slot = slot;
-        root.leaf_action = a;
-        root.depth_sum += depth;
-        parent[b] = int64_t(slot) * B + b;
-        action[b] = a;
-        edge[b] = slot == 0 ? int64_t(b) * K + a : int64_t(B) * K + ((int64_t(slot) - 1) * B + b) * M + a;
-    }
-
-    void backup_one(int b, const float* reward, const float* value, const float* logits) {
-        const int32_t slot = simulation + 1;
-        Node* nodes = &nodes_[size_t(b) * (S + 1)];
-        Root& root = roots_[b];
-        Node& parent = nodes[root.leaf_slot];
-        Node& leaf = nodes[slot];
-        leaf.return_sum = 0.0;
-        leaf.visits = 0;
-        leaf.raw_value = value[b];
-        leaf.reward = reward[b];
-        leaf.parent = root.leaf_slot;
-        leaf.action = root.leaf_action;
-        leaf.child = -1;
-        float* open = &open_[(size_t(b) * S + (slot - 1)) * M];
-        if (logits != nullptr) {
-            softmax(logits + size_t(b) * M, M, open);
-        } else {
-            std::fill_n(open, M, 1.0f / M);
-        }
-        find_next(leaf, open);
-        if (root.leaf_slot == 0) {
-            leaf.prior = root_prior_[size_t(b) * K + leaf.action];
-            leaf.sibling = -1;  // the root has its children in root_child_
-            root_child_[size_t(b) * K + leaf.action] = slot;
-        } else {
-            leaf.prior = parent.next_prior;
-            leaf.sibling = parent.child;
-            parent.child = slot;
-            float* parents_open = &open_[(size_t(b) * S + (root.leaf_slot - 1)) * M];
-            parents_open[leaf.action] = 0.0f;
-            find_next(parent, parents_open);
-        }
-
-        double ret = value[b];
-        int32_t node = slot;
-        while (true) {
-            Node& x = nodes[node];
-            x.return_sum += ret;
-            ++x.visits;
-            x.q = x.reward + discount_ * (x.return_sum / x.visits);
-            root.q_min = std::min(root.q_min, x.q);
-            root.q_max = std::max(root.q_max, x.q);
-            ret = x.reward + discount_ * ret;
-            if (x.parent == 0) break;
-            node = x.parent;
-        }
-        root_q_[size_t(b) * K + nodes[node].action] = nodes[node].q;
-        root_visits_[size_t(b) * K + nodes[node].action] = nodes[node].visits;
-        root.most_visits = std::max(root.most_visits, nodes[node].visits);
-        nodes[0].return_sum += ret;
-        ++nodes[0].visits;
-    }
-
     // open: [M] the priors of the unvisited actions, 0 where visited. No prior is 0.
     void find_next(Node& node, const float* open) const {
         float highest = 0.0f;
@@ -472,25 +482,10 @@ private:
     }
 
     template <typename Function>
-    void parallel(Function function) {
-        const int threads = std::max(1, std::min(num_threads_, B / kMinRootsPerThread));
-        const size_t width = std::min(S, M) + 1;
-        if (scratch_.size() < threads * width) scratch_.resize(threads * width);
-        auto run = [&](int part) {
-            const int begin = int(int64_t(B) * part / threads), end = int(int64_t(B) * (part + 1) / threads);
-            for (int b = begin; b < end; ++b) function(b, end, &scratch_[part * width]);
-        };
-        // Threads are started per call: no pool that a fork would leave without its threads, and no second OpenMP
-        // runtime beside the one of torch.
-        std::vector<std::thread> others;
-        int part = 1;
-        try {
-            for (; part < threads; ++part) others.emplace_back(run, part);
-        } catch (const std::system_error&) {  // no more threads to be had: the rest is done here
-        }
-        run(0);
-        for (; part < threads; ++part) run(part);
-        for (auto& thread : others) thread.join();
+    void each_root(Function function) {
+        over_roots([&](int begin, int end, int, double* scratch) {
+            for (int b = begin; b < end; ++b) function(b, end, scratch);
+        });
     }
 
     const double discount_, c_visit_, c_scale_, min_q_range_;
