@@ -38,22 +38,16 @@ public:
         const size_t each = size_t(kSampleRows) * 2 * pools_.dims;
         scratch_.resize(each * tree_.threads());
         tree_.over_roots([&](int begin, int end, int part, double* scratch) {
-            for (int first = begin; first < end; first += kSampleRows) {
-                const int next = std::min(first + kSampleRows, end);
-                if (!last) {
-                    if (pools_.actions != nullptr) sample(first, next, policy, &scratch_[part * each]);
-                    std::memcpy(pools_.states + (size_t(tree_.simulation + 1) * tree_.B + first) * pools_.width,
-                                new_states + first * pools_.width, (next - first) * pools_.width * sizeof(float));
-                }
-                const float* logits = pools_.actions == nullptr ? policy : nullptr;
-                for (int b = first; b < next; ++b) {
-                    tree_.prefetch(b, end);
-                    tree_.backup_one(b, reward, value, logits);
-                    if (last) continue;
-                    tree_.select_one(b, tree_.simulation + 1, scratch, parent_, action_, edge_);
-                    prefetch(b);
-                }
-                if (!last) gather(first, next);
+            const float* logits = pools_.actions == nullptr ? policy : nullptr;
+            if (last) return tree_.backup(begin, end, end, reward, value, logits);
+            for (int first = begin; first < end; first += kBlock) {
+                const int next = std::min(first + kBlock, end);
+                if (pools_.actions != nullptr) sample(first, next, policy, &scratch_[part * each]);
+                std::memcpy(pools_.states + (size_t(tree_.simulation + 1) * tree_.B + first) * pools_.width,
+                            new_states + first * pools_.width, (next - first) * pools_.width * sizeof(float));
+                tree_.backup(first, next, end, reward, value, logits);
+                tree_.select(first, next, tree_.simulation + 1, scratch, parent_, action_, edge_);
+                gather(first, next);
             }
         });
         ++tree_.simulation;
@@ -68,18 +62,13 @@ private:
                 scratch, out);
     }
 
-    void prefetch(int b) const {
-#if defined(__GNUC__)
-        const float* row = pools_.states + parent_[b] * pools_.width;
-        for (size_t i = 0; i < std::min(pools_.width, size_t(256)); i += 16) __builtin_prefetch(row + i);
-#else
-        (void)b;
-#endif
-    }
-
     void gather(int first, int next) {
         const size_t width = pools_.width, dims = pools_.dims;
         for (int b = first; b < next; ++b) {
+            if (b + 2 < next) {
+                const float* row = pools_.states + parent_[b + 2] * width;
+                for (size_t i = 0; i < std::min(width, size_t(256)); i += 16) fetch(row + i);
+            }
             std::memcpy(pools_.leaf_states + b * width, pools_.states + parent_[b] * width, width * sizeof(float));
         }
         if (pools_.actions == nullptr) return;

@@ -32,6 +32,15 @@ inline bool has_avx2() {
 }
 #endif
 
+// Asks for the cache line of an address.
+EZV2_INLINE void fetch(const void* address) {
+#if defined(__GNUC__)
+    __builtin_prefetch(address);
+#else
+    (void)address;
+#endif
+}
+
 // e^x to 1e-7, for -87 <= x <= 0: a polynomial, as exp_negative in tree.hpp.
 EZV2_INLINE float exp_float(float x) {
     const float shifted = x * 1.44269504f + 12582912.0f;

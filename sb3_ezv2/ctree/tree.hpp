@@ -28,6 +28,9 @@ namespace ezv2 {
 // Below this many roots per thread, starting a thread costs more than it saves.
 constexpr int kMinRootsPerThread = 512;
 
+// Roots that are walked together: what they need fits into the nearest cache.
+constexpr int kBlock = 16;
+
 // e^x for x <= 0, to 1e-11 and without a call: x = n ln 2 + r with |r| <= ln(2) / 2, a polynomial in r, and n added to the
 // exponent. The same on every platform, which the library's exp is not.
 inline double exp_negative(double x) {
@@ -143,21 +146,8 @@ public:
     void reset(int num_roots, const float* root_value, const float* logits, const float* gumbel) {
         B = num_roots;
         simulation = 0;
-        each_root([=](int b, int, double*) {
-            const size_t edge = size_t(b) * K;
-            Node& root = nodes_[size_t(b) * (S + 1)];
-            root = Node{};
-            root.raw_value = root_value[b];
-            root.return_sum = root_value[b];
-            root.visits = 1;
-            roots_[b] = Root{};
-            std::fill_n(&root_q_[edge], K, 0.0);
-            std::fill_n(&root_visits_[edge], K, 0);
-            std::fill_n(&root_child_[edge], K, -1);
-            softmax(logits + edge, K, &root_prior_[edge]);
-            // g + logits, the logits shifted so that their maximum is 0: only differences matter
-            const float top = *std::max_element(logits + edge, logits + edge + K);
-            for (int a = 0; a < K; ++a) root_score_[edge + a] = gumbel[edge + a] + (logits[edge + a] - top);
+        over_roots([=](int begin, int end, int, double*) {
+            for (int b = begin; b < end; ++b) reset_one(b, root_value, logits, gumbel);
         });
     }
 
@@ -166,21 +156,27 @@ public:
     // action: index among the parent's candidates. edge: row of a flat pool of candidates, the B * K of the roots
     // first, then M for each inner node in the order of the state pool.
     void select(int64_t* parent, int64_t* action, int64_t* edge) {
-        each_root([=](int b, int, double* scratch) { select_one(b, simulation, scratch, parent, action, edge); });
+        over_roots([=](int begin, int end, int, double* scratch) {
+            for (int first = begin; first < end; first += kBlock) {
+                select(first, std::min(first + kBlock, end), simulation, scratch, parent, action, edge);
+            }
+        });
     }
 
     // Adds the selected edges' children and backs their values up. logits == nullptr: equal priors.
     void backup(const float* reward, const float* value, const float* logits) {
-        each_root([=](int b, int, double*) { backup_one(b, reward, value, logits); });
+        over_roots([=](int begin, int end, int, double*) { backup(begin, end, end, reward, value, logits); });
         ++simulation;
     }
 
     // backup() and the select() of the next simulation, in one walk over the roots.
     void step(const float* reward, const float* value, const float* logits, int64_t* parent, int64_t* action, int64_t* edge) {
-        each_root([=](int b, int end, double* scratch) {
-            prefetch(b, end);
-            backup_one(b, reward, value, logits);
-            select_one(b, simulation + 1, scratch, parent, action, edge);
+        over_roots([=](int begin, int end, int, double* scratch) {
+            for (int first = begin; first < end; first += kBlock) {
+                const int next = std::min(first + kBlock, end);
+                backup(first, next, end, reward, value, logits);
+                select(first, next, simulation + 1, scratch, parent, action, edge);
+            }
         });
         ++simulation;
     }
@@ -254,50 +250,91 @@ public:
         for (auto& thread : others) thread.join();
     }
 
+    // Walks the trees of the roots first to next, at most kBlock of them, to edges without a child; s: the simulation. All
+    // take a step before any takes the next one, so that the records they need come from memory at the same time.
+    // scratch: of the thread, see over_roots.
+    void select(int first, int next, int s, double* scratch, int64_t* parent, int64_t* action, int64_t* edge) {
+        int32_t slot[kBlock], chosen[kBlock], child[kBlock], active[kBlock];
+        int walking = 0;
+        for (int b = first; b < next; ++b) {
+            const int i = b - first;
+            slot[i] = 0;
+            chosen[i] = select_root(b, schedule_[s]);
+            child[i] = root_child_[size_t(b) * K + chosen[i]];
+            ++roots_[b].depth_sum;
+            if (child[i] < 0) continue;
+            fetch(&nodes_[size_t(b) * (S + 1) + child[i]]);
+            active[walking++] = i;
+        }
+        while (walking > 0) {
+            for (int j = 0; j < walking; ++j) {
+                const Node* nodes = &nodes_[size_t(first + active[j]) * (S + 1)];
+                const int32_t newest = nodes[child[active[j]]].child;
+                if (newest >= 0) fetch(&nodes[newest]);
+            }
+            int still = 0;
+            for (int j = 0; j < walking; ++j) {
+                const int i = active[j], b = first + i;
+                slot[i] = child[i];
+                ++roots_[b].depth_sum;
+                chosen[i] = select_inner(b, nodes_[size_t(b) * (S + 1) + slot[i]], scratch, &child[i]);
+                if (child[i] < 0) continue;
+                fetch(&nodes_[size_t(b) * (S + 1) + child[i]]);
+                active[still++] = i;
+            }
+            walking = still;
+        }
+        for (int b = first; b < next; ++b) {
+            const int32_t at = slot[b - first], a = chosen[b - first];
+            roots_[b].leaf_slot = at;
+            roots_[b].leaf_action = a;
+            parent[b] = int64_t(at) * B + b;
+            action[b] = a;
+            edge[b] = at == 0 ? int64_t(b) * K + a : int64_t(B) * K + ((int64_t(at) - 1) * B + b) * M + a;
+        }
+    }
+
+    // Adds the children of the selected edges of the roots first to next and backs their values up. end: of the thread's roots.
+    void backup(int first, int next, int end, const float* reward, const float* value, const float* logits) {
+        for (int b = first; b < next; ++b) {
+            prefetch(b, end);
+            backup_one(b, reward, value, logits);
+        }
+    }
+
+private:
+    // What a search keeps besides its nodes: the bounds of all q's that have appeared in it.
+    struct Root {
+        double q_min = std::numeric_limits<double>::infinity();
+        double q_max = -std::numeric_limits<double>::infinity();
+        int64_t depth_sum = 0;
+        int32_t leaf_slot = 0, leaf_action = 0;  // the edge selected last
+        int32_t most_visits = 0;                 // of the root's actions
+    };
+
     // Between two calls the model has used the caches for itself: what the roots ahead will need is asked for in time.
     void prefetch(int b, int end) const {
-#if defined(__GNUC__)
+        if (b + 1 < end) {  // further up the path that its backup will take
+            const Node* nodes = &nodes_[size_t(b + 1) * (S + 1)];
+            fetch(&nodes[nodes[roots_[b + 1].leaf_slot].parent]);
+        }
         if (const int next = b + 3; next < end) {  // its record was asked for at b - 3
-            __builtin_prefetch(&nodes_[size_t(next) * (S + 1) + roots_[next].leaf_slot]);
+            fetch(&nodes_[size_t(next) * (S + 1) + roots_[next].leaf_slot]);
         }
         if (const int ahead = b + 6; ahead < end) {
             const size_t node = size_t(ahead) * (S + 1), edge = size_t(ahead) * K;
-            __builtin_prefetch(&roots_[ahead]);
-            __builtin_prefetch(&nodes_[node]);
-            __builtin_prefetch(&nodes_[node + simulation + 1], 1);
-            __builtin_prefetch(&open_[(size_t(ahead) * S + simulation) * M], 1);
+            fetch(&roots_[ahead]);
+            fetch(&nodes_[node]);
+            fetch(&nodes_[node + simulation + 1]);
+            fetch(&open_[(size_t(ahead) * S + simulation) * M]);
             for (int a = 0; a < K; a += 16) {
-                __builtin_prefetch(&root_visits_[edge + a]);
-                __builtin_prefetch(&root_child_[edge + a]);
-                __builtin_prefetch(&root_score_[edge + a]);
-                __builtin_prefetch(&root_q_[edge + a]);
-                __builtin_prefetch(&root_q_[edge + std::min(a + 8, K - 1)]);
+                fetch(&root_visits_[edge + a]);
+                fetch(&root_child_[edge + a]);
+                fetch(&root_score_[edge + a]);
+                fetch(&root_q_[edge + a]);
+                fetch(&root_q_[edge + std::min(a + 8, K - 1)]);
             }
         }
-#else
-        (void)b;
-        (void)end;
-#endif
-    }
-
-    // Walks root b's tree to an edge without a child; s: the simulation. scratch: of the thread, see over_roots.
-    void select_one(int b, int s, double* scratch, int64_t* parent, int64_t* action, int64_t* edge) {
-        const Node* nodes = &nodes_[size_t(b) * (S + 1)];
-        int32_t slot = 0, depth = 1;
-        int a = select_root(b, schedule_[s]);
-        int32_t child = root_child_[size_t(b) * K + a];
-        while (child >= 0) {
-            slot = child;
-            ++depth;
-            a = select_inner(b, nodes[slot], scratch, &child);
-        }
-        Root& root = roots_[b];
-        root.leaf_slot = slot;
-        root.leaf_action = a;
-        root.depth_sum += depth;
-        parent[b] = int64_t(slot) * B + b;
-        action[b] = a;
-        edge[b] = slot == 0 ? int64_t(b) * K + a : int64_t(B) * K + ((int64_t(slot) - 1) * B + b) * M + a;
     }
 
     // Adds the child of root b's selected edge and backs its value up.
@@ -354,15 +391,22 @@ public:
         ++nodes[0].visits;
     }
 
-private:
-    // What a search keeps besides its nodes: the bounds of all q's that have appeared in it.
-    struct Root {
-        double q_min = std::numeric_limits<double>::infinity();
-        double q_max = -std::numeric_limits<double>::infinity();
-        int64_t depth_sum = 0;
-        int32_t leaf_slot = 0, leaf_action = 0;  // the edge selected last
-        int32_t most_visits = 0;                 // of the root's actions
-    };
+    void reset_one(int b, const float* root_value, const float* logits, const float* gumbel) {
+        const size_t edge = size_t(b) * K;
+        Node& root = nodes_[size_t(b) * (S + 1)];
+        root = Node{};
+        root.raw_value = root_value[b];
+        root.return_sum = root_value[b];
+        root.visits = 1;
+        roots_[b] = Root{};
+        std::fill_n(&root_q_[edge], K, 0.0);
+        std::fill_n(&root_visits_[edge], K, 0);
+        std::fill_n(&root_child_[edge], K, -1);
+        softmax(logits + edge, K, &root_prior_[edge]);
+        // g + logits, the logits shifted so that their maximum is 0: only differences matter
+        const float top = *std::max_element(logits + edge, logits + edge + K);
+        for (int a = 0; a < K; ++a) root_score_[edge + a] = gumbel[edge + a] + (logits[edge + a] - top);
+    }
 
     // sigma(q) = scale * (q - q_min). Only differences of sigmas count, in every softmax and every argmax.
     double sigma_scale(int b, int32_t most_visits) const {
@@ -479,13 +523,6 @@ private:
         for (int a = 0; a < count; ++a) sum += out[a];
         const double factor = 1.0 / sum;
         for (int a = 0; a < count; ++a) out[a] = std::max(float(out[a] * factor), std::numeric_limits<float>::min());
-    }
-
-    template <typename Function>
-    void each_root(Function function) {
-        over_roots([&](int begin, int end, int, double* scratch) {
-            for (int b = begin; b < end; ++b) function(b, end, scratch);
-        });
     }
 
     const double discount_, c_visit_, c_scale_, min_q_range_;
