@@ -285,7 +285,7 @@ class GumbelSearch:
                     num_threads=th.get_num_threads(),
                 ),
                 min_q_range=min_q_range,
-                states=state.new_empty(nodes, *state.shape[1:]),
+                states=_empty_pool(state, nodes),
                 actions=state.new_empty(0 if self.model.discrete else edges, self.model.action_dim),
                 leaf_states=th.empty_like(state),
                 leaf_actions=state.new_empty(num_roots, self.model.action_dim),
@@ -313,6 +313,13 @@ class _Workspace(NamedTuple):
     leaf_states: th.Tensor
     leaf_actions: th.Tensor
     zeros: np.ndarray
+
+
+def _empty_pool(state: th.Tensor, rows: int) -> th.Tensor:
+    """:return: [rows, ...] of states; on the CPU from NumPy, which asks the system for large pages, and PyTorch does not"""
+    if state.device.type == "cpu" and state.dtype == th.float32:
+        return th.from_numpy(np.empty((rows, *state.shape[1:]), np.float32))
+    return state.new_empty(rows, *state.shape[1:])
 
 
 def _unsearchable(simulation: int, error: ValueError) -> ValueError:
