@@ -47,7 +47,9 @@ class Batch:
         self.outputs = self.M if self.A == 0 else 2 * self.A
         self.weights = draw(self.D + max(self.A, 1), self.D + 2 + self.outputs)
         if self.ties:
-            self.root_value, self.root_logits, self.gumbel = (np.round(x) for x in (self.root_value, self.root_logits, self.gumbel))
+            self.root_value, self.root_logits, self.gumbel = (
+                np.round(x) for x in (self.root_value, self.root_logits, self.gumbel)
+            )
 
     def model(self, states: np.ndarray, actions: np.ndarray) -> Outputs:
         """Row by row, so that a row's result does not depend on the others'."""
@@ -59,9 +61,7 @@ class Batch:
         return tuple(np.ascontiguousarray(x) for x in parts)  # type: ignore[return-value]
 
     def tree(self, num_threads: int = 1) -> Tree:
-        tree = Tree(
-            self.B, self.S, self.K, self.M, num_considered=self.considered, discount=0.9, num_threads=num_threads
-        )
+        tree = Tree(self.B, self.S, self.K, self.M, num_considered=self.considered, discount=0.9, num_threads=num_threads)
         tree.reset(self.root_value, self.root_logits, self.gumbel)
         tree.select()
         return tree
