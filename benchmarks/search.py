@@ -11,7 +11,8 @@ dimensions, 3 blocks). mctx has no sampled actions: there it searches as many di
 
 Times are medians in milliseconds of whole searches, from observations to actions and improved policies, this
 implementation's and mctx's in turn, five in a row. ``tree_ms`` is the tree alone, ``network_ms`` (not in the JSON) what the
-model took of ``ours_ms``, the evaluation of the observations included, but not where the whole search runs in C++. With one thread the process is bound to one core, JAX included.
+model took of ``ours_ms``: its steps and the evaluation of the observations, but 0 where the whole search runs in C++. With one
+thread the process is bound to one core, JAX included.
 """
 
 from __future__ import annotations
