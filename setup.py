@@ -29,8 +29,8 @@ if os.name == "nt":
     compile_args, link_args, exact, fused = ["/O2", "/std:c++17", "/EHsc"], [], [], []
 else:
     compile_args, link_args = ["-O3", "-std=c++17", "-pthread", "-g0"], ["-pthread"]
-    # The tree: no contraction to fused multiply-adds, so that it gives the same result on every architecture and agrees
-    # with its references. The model: as fast as can be.
+    # The tree and the actions: no contraction to fused multiply-adds, so that they are the same on every architecture, and
+    # the tree agrees with its references. The model: as fast as can be.
     exact, fused = ["-ffp-contract=off"], ["-ffp-contract=fast"]
 
 
@@ -48,7 +48,11 @@ def extension(name: str, headers: list[str], more: list[str]) -> Extension:
 
 setup(
     ext_modules=cythonize(
-        [extension("_tree", ["tree.hpp"], exact), extension("_mlp", ["tree.hpp", "mlp.hpp", "_tree.pxd"], fused)]
+        [
+            extension("_tree", ["simd.hpp", "tree.hpp"], exact),
+            extension("_driver", ["simd.hpp", "tree.hpp", "sampling.hpp", "driver.hpp", "_tree.pxd"], exact),
+            extension("_mlp", ["simd.hpp", "tree.hpp", "mlp.hpp", "_tree.pxd", "_driver.pxd"], fused),
+        ]
     ),
     cmdclass={"build_py": BuildPy},
 )

@@ -17,9 +17,9 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_ezv2.ctree import Tree, sample_actions
+from sb3_ezv2.ctree import Driver, Tree
 from sb3_ezv2.distributions import MAX_ACTION, SquashedGaussian
-from sb3_ezv2.inference import NativeModel, SearchModel, Step, TracedModel
+from sb3_ezv2.inference import NativeModel, SearchModel, TracedModel
 from sb3_ezv2.multi_discrete import MultiDiscreteCandidates, category_sizes
 
 MIN_Q_RANGE = 0.01
@@ -198,12 +198,14 @@ class GumbelSearch:
         except ValueError as error:
             raise ValueError(f"the model's outputs for the observations cannot be searched: {error}") from error
         tree.select()
-        if native is None:
-            self._simulate(work, states, actions, noise)
-        else:
+        if native is not None:
             of_actions = None if actions is None else actions.numpy()
             of_noise = None if noise is None else noise.numpy()
             native.search(tree, states.numpy(), of_actions, of_noise, MAX_ACTION)
+        elif state.device.type == "cpu" and state.dtype == th.float32 and self._multi is None:
+            self._simulate_on_cpu(work, states, actions, noise)
+        else:
+            self._simulate(work, states, actions, noise)
         device = state.device
         return SearchResult(
             action=th.from_numpy(tree.best_action()).to(device),
@@ -213,6 +215,27 @@ class GumbelSearch:
             network_value=network_value,
             depth=th.from_numpy(tree.depth()).to(device),
         )
+
+    def _simulate_on_cpu(
+        self, work: _Workspace, states: th.Tensor, actions: th.Tensor | None, noise: th.Tensor | None
+    ) -> None:
+        """:meth:`_simulate` for float32 states on the CPU: all but the model's step is one call."""
+        tree = work.tree
+        num_roots = len(tree.parent)
+        leaf_states, leaf_actions = work.leaf_states[:num_roots], work.leaf_actions[:num_roots]
+        rows = states.flatten(1).numpy(), leaf_states.flatten(1).numpy()
+        if actions is None or noise is None:
+            leaf_actions = th.from_numpy(tree.action)
+            driver = Driver(tree, *rows)
+        else:
+            driver = Driver(tree, *rows, actions.numpy(), leaf_actions.numpy(), noise.numpy(), MAX_ACTION)
+        step = self._traced.step(leaf_states, leaf_actions)
+        for simulation in range(self.settings.n_simulations):
+            new_state, reward, value, policy = step(leaf_states, leaf_actions)
+            try:
+                driver.step(_to_numpy(new_state), _to_numpy(reward), _to_numpy(value), _to_numpy(policy))
+            except ValueError as error:
+                raise _unsearchable(simulation, error) from error
 
     def _simulate(self, work: _Workspace, states: th.Tensor, actions: th.Tensor | None, noise: th.Tensor | None) -> None:
         """
@@ -224,35 +247,33 @@ class GumbelSearch:
         """
         tree, device, settings = work.tree, states.device, self.settings
         num_roots = len(tree.parent)
-        # The tree writes into these; on the CPU they are read where they are
-        parent, action, edge = (th.from_numpy(index) for index in (tree.parent, tree.action, tree.edge))
-        on_cpu = device.type == "cpu"
         leaf_states, leaf_actions = work.leaf_states[:num_roots], work.leaf_actions[:num_roots]
         pool = states.unflatten(0, (-1, num_roots)).unbind()  # of the nodes that each simulation makes, after the roots
-        if actions is not None and noise is not None:
+        if actions is not None:
             shape = settings.n_simulations, num_roots * self.num_inner_actions, self.candidate_dim
-            inner_noise = noise.unbind()
             inner_actions = actions[num_roots * self.num_root_actions :].view(shape).unbind()
-        step: Step | None = None
         for simulation in range(settings.n_simulations):
-            th.index_select(states, 0, parent if on_cpu else parent.to(device), out=leaf_states)
+            parent, action, edge = (th.from_numpy(x).to(device) for x in (tree.parent, tree.action, tree.edge))
+            th.index_select(states, 0, parent, out=leaf_states)
             if actions is None:
-                leaf_actions = action if on_cpu else action.to(device)
+                leaf_actions = action
             else:
-                th.index_select(actions, 0, edge if on_cpu else edge.to(device), out=leaf_actions)
-            if step is None:
+                th.index_select(actions, 0, edge, out=leaf_actions)
+            if simulation == 0:
                 step = self._traced.step(leaf_states, leaf_actions)
             new_state, reward, value, policy = step(leaf_states, leaf_actions)
             pool[simulation + 1].copy_(new_state)
             priors = policy if actions is None else None
             if self._multi is not None:
-                priors = self._multi.at_node(policy, inner_noise[simulation], inner_actions[simulation])
+                assert noise is not None
+                priors = self._multi.at_node(policy, noise[simulation], inner_actions[simulation])
             try:
                 tree.step(_to_numpy(reward), _to_numpy(value), None if priors is None else _to_numpy(priors))
             except ValueError as error:
-                raise ValueError(f"the model's outputs in simulation {simulation} cannot be searched: {error}") from error
-            if actions is not None and self._multi is None:
-                _sample(policy, inner_noise[simulation], inner_actions[simulation], work.scratch)
+                raise _unsearchable(simulation, error) from error
+            if noise is not None and self._multi is None:
+                candidates = SquashedGaussian(policy.unsqueeze(1)).sample(noise[simulation])
+                inner_actions[simulation].copy_(candidates.flatten(0, 1))
 
     def _sample_candidates(self, policy: th.Tensor, rng: np.random.Generator | None) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -334,12 +355,11 @@ class GumbelSearch:
                     num_threads=th.get_num_threads(),
                 ),
                 min_q_range=min_q_range,
-                states=state.new_empty(nodes, *state.shape[1:]),
+                states=_empty_pool(state, nodes),
                 actions=state.new_empty(0 if self.model.discrete else edges, self.candidate_dim, dtype=dtype),
                 leaf_states=th.empty_like(state),
                 leaf_actions=state.new_empty(num_roots, self.candidate_dim, dtype=dtype),
                 zeros=np.zeros((num_roots, self.num_root_actions), dtype=np.float32),
-                scratch=np.zeros((num_roots, 2 * self.model.action_dim), dtype=np.float32),
             )
             self._workspace = work
         return work
@@ -354,7 +374,6 @@ class _Workspace(NamedTuple):
     :param leaf_states: [roots, D], what the model's step begins with
     :param leaf_actions: [roots, A or D]
     :param zeros: float32 [roots, K]
-    :param scratch: float32 [roots, 2A]
     """
 
     tree: Tree
@@ -364,26 +383,23 @@ class _Workspace(NamedTuple):
     leaf_states: th.Tensor
     leaf_actions: th.Tensor
     zeros: np.ndarray
-    scratch: np.ndarray
 
 
-def _sample(policy: th.Tensor, noise: th.Tensor, out: th.Tensor, scratch: np.ndarray) -> None:
-    """
-    Candidate actions of new states.
+def _empty_pool(state: th.Tensor, rows: int) -> th.Tensor:
+    """:return: [rows, ...] of states; on the CPU from NumPy, which asks the system for large pages, and PyTorch does not"""
+    if state.device.type == "cpu" and state.dtype == th.float32:
+        return th.from_numpy(np.empty((rows, *state.shape[1:]), np.float32))
+    return state.new_empty(rows, *state.shape[1:])
 
-    :param policy: [B, 2A] output of the policy head
-    :param noise: [B or 1, M, A], standard normal
-    :param out: [B * M, A]
-    :param scratch: float32 [at least B, 2A]
-    """
-    if out.device.type == "cpu":
-        sample_actions(_to_numpy(policy), noise.numpy(), MAX_ACTION, scratch, out.numpy())
-    else:
-        out.copy_(SquashedGaussian(policy.unsqueeze(1)).sample(noise).flatten(0, 1))
+
+def _unsearchable(simulation: int, error: ValueError) -> ValueError:
+    return ValueError(f"the model's outputs in simulation {simulation} cannot be searched: {error}")
 
 
 def _to_numpy(x: th.Tensor) -> np.ndarray:
-    return x.cpu().contiguous().numpy()
+    if x.device.type != "cpu":
+        x = x.cpu()
+    return x.numpy() if x.is_contiguous() else x.contiguous().numpy()
 
 
 def _batch_size(obs: PyTorchObs) -> int:

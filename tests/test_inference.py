@@ -178,12 +178,12 @@ def test_sampled_actions_are_those_of_the_squashed_gaussian(shared: bool) -> Non
     rng = np.random.default_rng(0)
     params = (rng.normal(size=(500, 14)) * rng.choice([0.01, 1.0, 30.0], size=(500, 1))).astype(np.float32)
     noise = rng.normal(size=(1 if shared else 500, 3, 7)).astype(np.float32)
-    out, scratch = np.zeros((1500, 7), np.float32), np.zeros((600, 14), np.float32)
-    sample_actions(params, noise, MAX_ACTION, scratch, out)
+    out = np.zeros((1500, 7), np.float32)
+    sample_actions(params, noise, MAX_ACTION, out)
     expected = SquashedGaussian(th.from_numpy(params).unsqueeze(1)).sample(th.from_numpy(noise))
     np.testing.assert_allclose(out, expected.flatten(0, 1).numpy(), atol=2e-6)
     params[3, 2] = np.nan  # is not hidden
-    sample_actions(params, noise, MAX_ACTION, scratch, out)
+    sample_actions(params, noise, MAX_ACTION, out)
     assert np.isnan(out.reshape(500, 3, 7)[3, :, 2]).all() and np.isfinite(np.delete(out.reshape(500, -1), 3, axis=0)).all()
 
 
@@ -523,5 +523,4 @@ def test_bad_features_and_weights_are_refused() -> None:
         with pytest.raises(KeyError):
             Mlp({key: x for key, x in weights.items() if key != name}, False, [])
     with pytest.raises(ValueError):
-        scratch = np.zeros((2, 4), np.float32)
-        sample_actions(np.zeros((2, 4), np.float32), np.zeros((2, 3, 2), np.float32), 0.999, scratch, scratch)
+        sample_actions(np.zeros((2, 4), np.float32), np.zeros((2, 3, 2), np.float32), 0.999, np.zeros((2, 4), np.float32))

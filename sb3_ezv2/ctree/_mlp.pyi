@@ -5,10 +5,6 @@ from numpy.typing import NDArray
 
 from sb3_ezv2.ctree._tree import Tree
 
-def sample_actions(
-    params: NDArray[Any], noise: NDArray[Any], limit: float, scratch: NDArray[Any], out: NDArray[Any]
-) -> None: ...
-
 class Mlp:
     features: int
     state_dim: int

@@ -6,6 +6,7 @@ from libc.stdint cimport int64_t
 from libc.string cimport memcmp
 from libcpp.vector cimport vector
 
+from sb3_ezv2.ctree._driver cimport sample, sample_scratch
 from sb3_ezv2.ctree._tree cimport Tree
 
 import numpy as np
@@ -49,44 +50,6 @@ cdef extern from "mlp.hpp" namespace "ezv2" nogil:
         void allocate(int) except +
         void initial(int, const float*, float*, float*, float*)
         void step(int, const float*, const int64_t*, const float*, const int64_t*, float*, float*, float*, float*)
-
-    void _sample_actions "ezv2::sample_actions"(
-        const float*, int, int, int, const float*, bint, float, float*, float*
-    )
-
-
-def sample_actions(
-    const float[:, ::1] params not None,
-    const float[:, :, ::1] noise not None,
-    float limit,
-    float[:, ::1] scratch not None,
-    float[:, ::1] out not None,
-) -> None:
-    """
-    Actions of squashed Gaussians, tanh(mu + sigma * noise), clipped; see :class:`sb3_ezv2.distributions.SquashedGaussian`.
-
-    :param params: float32 [B, 2A], output of the policy head
-    :param noise: float32 [B or 1, M, A], standard normal
-    :param limit: actions are clipped to +-limit
-    :param scratch: float32 [at least B, 2A], is overwritten
-    :param out: float32 [B * M, A]
-    :raises ValueError: shapes that do not belong together
-    """
-    cdef Py_ssize_t rows = params.shape[0], count = noise.shape[1], dims = noise.shape[2]
-    if (
-        rows < 1 or count < 1 or dims < 1 or params.shape[1] != 2 * dims or (noise.shape[0] != rows and noise.shape[0] != 1)
-        or scratch.shape[0] < rows or scratch.shape[1] != 2 * dims or out.shape[0] != rows * count or out.shape[1] != dims
-    ):
-        raise ValueError(
-            "sample_actions needs params [B, 2A], noise [B or 1, M, A], scratch [B, 2A] and out [B * M, A], not "
-            f"{params.shape[0], params.shape[1]}, {noise.shape[0], noise.shape[1], noise.shape[2]}, "
-            f"{scratch.shape[0], scratch.shape[1]} and {out.shape[0], out.shape[1]}"
-        )
-    with nogil:
-        _sample_actions(
-            &params[0, 0], <int>rows, <int>dims, <int>count, &noise[0, 0, 0], noise.shape[0] == 1, limit,
-            &scratch[0, 0], &out[0, 0],
-        )
 
 
 cdef int _pack_linear(Linear* layer, arrays, int inputs) except -1:
@@ -275,7 +238,7 @@ cdef class Mlp:
         self._reward.resize(rows)
         self._value.resize(rows)
         self._policy.resize(<size_t>rows * self.outputs)
-        self._scratch.resize(<size_t>rows * self.outputs)
+        self._scratch.resize(0 if self.discrete else sample_scratch(A))
         cdef float* reward = self._reward.data()
         cdef float* value = self._value.data()
         cdef float* policy = self._policy.data()
@@ -297,7 +260,7 @@ cdef class Mlp:
                 if not finite:
                     break
                 if not self.discrete:
-                    _sample_actions(
+                    sample(
                         policy, rows, A, M, &noise[simulation, 0, 0, 0], shared_noise, limit, scratch,
                         action + (<size_t>rows * K + <size_t>simulation * rows * M) * A,
                     )

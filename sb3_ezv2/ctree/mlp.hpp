@@ -12,19 +12,7 @@
 #include <cstring>
 #include <vector>
 
-#include "tree.hpp"  // exp_float
-
-#if defined(__GNUC__)
-#define EZV2_INLINE inline __attribute__((always_inline))
-#else
-#define EZV2_INLINE inline
-#endif
-
-#if defined(__GNUC__) && defined(__x86_64__)
-#define EZV2_X86 1
-#define EZV2_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
-#define EZV2_AVX2 __attribute__((target("avx2,fma")))
-#endif
+#include "simd.hpp"
 
 namespace ezv2 {
 
@@ -167,12 +155,8 @@ EZV2_AVX512 inline void linear_avx512(const Linear& layer, int rows, const float
 
 inline LinearFunction linear_function(int level) {
 #if EZV2_X86
-    __builtin_cpu_init();
-    if (level >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-        return linear_avx512;
-    }
-    if (level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return linear_avx2;
+    if (level >= 2 && has_avx512()) return linear_avx512;
+    if (level >= 1 && has_avx2()) return linear_avx2;
 #endif
     (void)level;
     return linear_plain;
@@ -373,62 +357,5 @@ private:
     int stride_ = 0;
     std::vector<float> buffer_;  // [kBuffers, kRows, stride]
 };
-
-// Written so that NaN stays NaN. A loop by itself, or compilers make branches of it, which they do not vectorise.
-inline void clip(float* x, size_t count, float limit) {
-    for (size_t i = 0; i < count; ++i) x[i] = x[i] < -limit ? -limit : x[i] > limit ? limit : x[i];
-}
-
-// tanh to 1e-7 for |x| <= 40, and log(1 + e^x) to 1e-6 for -87 <= x <= 0, without calls and branches: loops over them are vectorised.
-inline float fast_tanh(float x) {
-    const float e = exp_float(-2.0f * std::abs(x));
-    return std::copysign((1.0f - e) / (1.0f + e), x);
-}
-
-inline float fast_log1p_exp(float x) {
-    const float e = exp_float(x);
-    const float s = e / (2.0f + e), s2 = s * s;  // log(1 + e) = 2 atanh(s), s <= 1/3
-    float p = 1.0f / 13;
-    p = p * s2 + 1.0f / 11;
-    p = p * s2 + 1.0f / 9;
-    p = p * s2 + 1.0f / 7;
-    p = p * s2 + 1.0f / 5;
-    p = p * s2 + 1.0f / 3;
-    p = p * s2 + 1.0f;
-    return 2.0f * s * p;
-}
-
-// Actions of squashed Gaussians: tanh(mu + sigma * noise), clipped; see SquashedGaussian. params: [rows, 2 * dims] of the
-// policy head; noise: [rows, count, dims], or [count, dims] for all rows; out: [rows, count, dims]; scratch: [rows, 2 * dims].
-inline void sample_actions(const float* params, int rows, int dims, int count, const float* noise, bool shared, float limit,
-                           float* scratch, float* out) {
-    const size_t width = size_t(2) * dims, each = size_t(count) * dims;
-    float* mean = scratch;                // [rows, dims]
-    float* std = scratch + rows * dims;   // [rows, dims]
-    for (int r = 0; r < rows; ++r) {
-        std::copy_n(params + r * width, dims, mean + size_t(r) * dims);
-        std::copy_n(params + r * width + dims, dims, std + size_t(r) * dims);
-    }
-    const size_t params_each = size_t(rows) * dims;
-    for (size_t i = 0; i < params_each; ++i) mean[i] /= 5.0f;
-    for (size_t i = 0; i < params_each; ++i) std[i] += 1.0f;
-    clip(mean, params_each, 40.0f);
-    // softplus(y) = max(y, 0) + log(1 + e^-|y|)
-    for (size_t i = 0; i < params_each; ++i) out[i] = std[i];
-    clip(out, params_each, 80.0f);
-    for (size_t i = 0; i < params_each; ++i) mean[i] = 5.0f * fast_tanh(mean[i]);
-    for (size_t i = 0; i < params_each; ++i) out[i] = fast_log1p_exp(-std::abs(out[i]));
-    for (size_t i = 0; i < params_each; ++i) std[i] = (std[i] < 0.0f ? 0.0f : std[i]) + out[i] + 0.1f;
-    for (int r = 0; r < rows; ++r) {
-        const float* z = noise + (shared ? 0 : r * each);
-        for (int c = 0; c < count; ++c) {
-            float* x = out + r * each + size_t(c) * dims;
-            for (int d = 0; d < dims; ++d) x[d] = mean[size_t(r) * dims + d] + std[size_t(r) * dims + d] * z[size_t(c) * dims + d];
-        }
-    }
-    clip(out, rows * each, 40.0f);
-    for (size_t i = 0; i < rows * each; ++i) out[i] = fast_tanh(out[i]);
-    clip(out, rows * each, limit);
-}
 
 }  // namespace ezv2

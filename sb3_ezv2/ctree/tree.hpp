@@ -21,10 +21,15 @@
 #include <thread>
 #include <vector>
 
+#include "simd.hpp"
+
 namespace ezv2 {
 
 // Below this many roots per thread, starting a thread costs more than it saves.
 constexpr int kMinRootsPerThread = 512;
+
+// Roots that are walked together: what they need fits into the nearest cache.
+constexpr int kBlock = 16;
 
 // e^x for x <= 0, to 1e-11 and without a call: x = n ln 2 + r with |r| <= ln(2) / 2, a polynomial in r, and n added to the
 // exponent. The same on every platform, which the library's exp is not.
@@ -47,27 +52,6 @@ inline double exp_negative(double x) {
     std::memcpy(&exponent, &shifted, sizeof exponent);
     std::memcpy(&bits, &p, sizeof bits);
     bits += exponent << 52;
-    std::memcpy(&p, &bits, sizeof bits);
-    return p;
-}
-
-// The same to 1e-7, for -87 <= x <= 0.
-inline float exp_float(float x) {
-    const float shifted = x * 1.44269504f + 12582912.0f;
-    const float n = shifted - 12582912.0f;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.0f / 5040;
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    uint32_t bits, exponent;
-    std::memcpy(&exponent, &shifted, sizeof bits);
-    std::memcpy(&bits, &p, sizeof bits);
-    bits += exponent << 23;
     std::memcpy(&p, &bits, sizeof bits);
     return p;
 }
@@ -162,21 +146,8 @@ public:
     void reset(int num_roots, const float* root_value, const float* logits, const float* gumbel) {
         B = num_roots;
         simulation = 0;
-        parallel([=](int b, int, double*) {
-            const size_t edge = size_t(b) * K;
-            Node& root = nodes_[size_t(b) * (S + 1)];
-            root = Node{};
-            root.raw_value = root_value[b];
-            root.return_sum = root_value[b];
-            root.visits = 1;
-            roots_[b] = Root{};
-            std::fill_n(&root_q_[edge], K, 0.0);
-            std::fill_n(&root_visits_[edge], K, 0);
-            std::fill_n(&root_child_[edge], K, -1);
-            softmax(logits + edge, K, &root_prior_[edge]);
-            // g + logits, the logits shifted so that their maximum is 0: only differences matter
-            const float top = *std::max_element(logits + edge, logits + edge + K);
-            for (int a = 0; a < K; ++a) root_score_[edge + a] = gumbel[edge + a] + (logits[edge + a] - top);
+        over_roots([=](int begin, int end, int, double*) {
+            for (int b = begin; b < end; ++b) reset_one(b, root_value, logits, gumbel);
         });
     }
 
@@ -185,21 +156,27 @@ public:
     // action: index among the parent's candidates. edge: row of a flat pool of candidates, the B * K of the roots
     // first, then M for each inner node in the order of the state pool.
     void select(int64_t* parent, int64_t* action, int64_t* edge) {
-        parallel([=](int b, int, double* scratch) { select_one(b, simulation, scratch, parent, action, edge); });
+        over_roots([=](int begin, int end, int, double* scratch) {
+            for (int first = begin; first < end; first += kBlock) {
+                select(first, std::min(first + kBlock, end), simulation, scratch, parent, action, edge);
+            }
+        });
     }
 
     // Adds the selected edges' children and backs their values up. logits == nullptr: equal priors.
     void backup(const float* reward, const float* value, const float* logits) {
-        parallel([=](int b, int, double*) { backup_one(b, reward, value, logits); });
+        over_roots([=](int begin, int end, int, double*) { backup(begin, end, end, reward, value, logits); });
         ++simulation;
     }
 
     // backup() and the select() of the next simulation, in one walk over the roots.
     void step(const float* reward, const float* value, const float* logits, int64_t* parent, int64_t* action, int64_t* edge) {
-        parallel([=](int b, int end, double* scratch) {
-            prefetch(b, end);
-            backup_one(b, reward, value, logits);
-            select_one(b, simulation + 1, scratch, parent, action, edge);
+        over_roots([=](int begin, int end, int, double* scratch) {
+            for (int first = begin; first < end; first += kBlock) {
+                const int next = std::min(first + kBlock, end);
+                backup(first, next, end, reward, value, logits);
+                select(first, next, simulation + 1, scratch, parent, action, edge);
+            }
         });
         ++simulation;
     }
@@ -265,6 +242,85 @@ public:
         for (int b = 0; b < B; ++b) out[b] = static_cast<float>(roots_[b].depth_sum / double(std::max(1, simulation)));
     }
 
+    // What follows serves callers that do more in the same walk over the roots; they count `simulation` up afterwards.
+
+    int threads() const { return std::max(1, std::min(num_threads_, B / kMinRootsPerThread)); }
+
+    // Calls function(begin, end, part, scratch) for the roots begin to end of each of threads() threads.
+    template <typename Function>
+    void over_roots(Function function) {
+        const int threads = this->threads();
+        const size_t width = std::min(S, M) + 1;
+        if (scratch_.size() < threads * width) scratch_.resize(threads * width);
+        auto run = [&](int part) {
+            const int begin = int(int64_t(B) * part / threads), end = int(int64_t(B) * (part + 1) / threads);
+            function(begin, end, part, &scratch_[part * width]);
+        };
+        // Threads are started per call: no pool that a fork would leave without its threads, and no second OpenMP
+        // runtime beside the one of torch.
+        std::vector<std::thread> others;
+        int part = 1;
+        try {
+            for (; part < threads; ++part) others.emplace_back(run, part);
+        } catch (const std::system_error&) {  // no more threads to be had: the rest is done here
+        }
+        run(0);
+        for (; part < threads; ++part) run(part);
+        for (auto& thread : others) thread.join();
+    }
+
+    // Walks the trees of the roots first to next, at most kBlock of them, to edges without a child; s: the simulation. All
+    // take a step before any takes the next one, so that the records they need come from memory at the same time.
+    // scratch: of the thread, see over_roots.
+    void select(int first, int next, int s, double* scratch, int64_t* parent, int64_t* action, int64_t* edge) {
+        int32_t slot[kBlock], chosen[kBlock], child[kBlock], active[kBlock];
+        int walking = 0;
+        for (int b = first; b < next; ++b) {
+            const int i = b - first;
+            slot[i] = 0;
+            chosen[i] = select_root(b, schedule_[s]);
+            child[i] = root_child_[size_t(b) * K + chosen[i]];
+            ++roots_[b].depth_sum;
+            if (child[i] < 0) continue;
+            fetch(&nodes_[size_t(b) * (S + 1) + child[i]]);
+            active[walking++] = i;
+        }
+        while (walking > 0) {
+            for (int j = 0; j < walking; ++j) {
+                const Node* nodes = &nodes_[size_t(first + active[j]) * (S + 1)];
+                const int32_t newest = nodes[child[active[j]]].child;
+                if (newest >= 0) fetch(&nodes[newest]);
+            }
+            int still = 0;
+            for (int j = 0; j < walking; ++j) {
+                const int i = active[j], b = first + i;
+                slot[i] = child[i];
+                ++roots_[b].depth_sum;
+                chosen[i] = select_inner(b, nodes_[size_t(b) * (S + 1) + slot[i]], scratch, &child[i]);
+                if (child[i] < 0) continue;
+                fetch(&nodes_[size_t(b) * (S + 1) + child[i]]);
+                active[still++] = i;
+            }
+            walking = still;
+        }
+        for (int b = first; b < next; ++b) {
+            const int32_t at = slot[b - first], a = chosen[b - first];
+            roots_[b].leaf_slot = at;
+            roots_[b].leaf_action = a;
+            parent[b] = int64_t(at) * B + b;
+            action[b] = a;
+            edge[b] = at == 0 ? int64_t(b) * K + a : int64_t(B) * K + ((int64_t(at) - 1) * B + b) * M + a;
+        }
+    }
+
+    // Adds the children of the selected edges of the roots first to next and backs their values up. end: of the thread's roots.
+    void backup(int first, int next, int end, const float* reward, const float* value, const float* logits) {
+        for (int b = first; b < next; ++b) {
+            prefetch(b, end);
+            backup_one(b, reward, value, logits);
+        }
+    }
+
 private:
     // What a search keeps besides its nodes: the bounds of all q's that have appeared in it.
     struct Root {
@@ -277,28 +333,98 @@ private:
 
     // Between two calls the model has used the caches for itself: what the roots ahead will need is asked for in time.
     void prefetch(int b, int end) const {
-#if defined(__GNUC__)
+        if (b + 1 < end) {  // further up the path that its backup will take
+            const Node* nodes = &nodes_[size_t(b + 1) * (S + 1)];
+            fetch(&nodes[nodes[roots_[b + 1].leaf_slot].parent]);
+        }
         if (const int next = b + 3; next < end) {  // its record was asked for at b - 3
-            __builtin_prefetch(&nodes_[size_t(next) * (S + 1) + roots_[next].leaf_slot]);
+            fetch(&nodes_[size_t(next) * (S + 1) + roots_[next].leaf_slot]);
         }
         if (const int ahead = b + 6; ahead < end) {
             const size_t node = size_t(ahead) * (S + 1), edge = size_t(ahead) * K;
-            __builtin_prefetch(&roots_[ahead]);
-            __builtin_prefetch(&nodes_[node]);
-            __builtin_prefetch(&nodes_[node + simulation + 1], 1);
-            __builtin_prefetch(&open_[(size_t(ahead) * S + simulation) * M], 1);
+            fetch(&roots_[ahead]);
+            fetch(&nodes_[node]);
+            fetch(&nodes_[node + simulation + 1]);
+            fetch(&open_[(size_t(ahead) * S + simulation) * M]);
             for (int a = 0; a < K; a += 16) {
-                __builtin_prefetch(&root_visits_[edge + a]);
-                __builtin_prefetch(&root_child_[edge + a]);
-                __builtin_prefetch(&root_score_[edge + a]);
-                __builtin_prefetch(&root_q_[edge + a]);
-                __builtin_prefetch(&root_q_[edge + std::min(a + 8, K - 1)]);
+                fetch(&root_visits_[edge + a]);
+                fetch(&root_child_[edge + a]);
+                fetch(&root_score_[edge + a]);
+                fetch(&root_q_[edge + a]);
+                fetch(&root_q_[edge + std::min(a + 8, K - 1)]);
             }
         }
-#else
-        (void)b;
-        (void)end;
-#endif
+    }
+
+    // Adds the child of root b's selected edge and backs its value up.
+    void backup_one(int b, const float* reward, const float* value, const float* logits) {
+        const int32_t slot = simulation + 1;
+        Node* nodes = &nodes_[size_t(b) * (S + 1)];
+        Root& root = roots_[b];
+        Node& parent = nodes[root.leaf_slot];
+        Node& leaf = nodes[slot];
+        leaf.return_sum = 0.0;
+        leaf.visits = 0;
+        leaf.raw_value = value[b];
+        leaf.reward = reward[b];
+        leaf.parent = root.leaf_slot;
+        leaf.action = root.leaf_action;
+        leaf.child = -1;
+        float* open = &open_[(size_t(b) * S + (slot - 1)) * M];
+        if (logits != nullptr) {
+            softmax(logits + size_t(b) * M, M, open);
+        } else {
+            std::fill_n(open, M, 1.0f / M);
+        }
+        find_next(leaf, open);
+        if (root.leaf_slot == 0) {
+            leaf.prior = root_prior_[size_t(b) * K + leaf.action];
+            leaf.sibling = -1;  // the root has its children in root_child_
+            root_child_[size_t(b) * K + leaf.action] = slot;
+        } else {
+            leaf.prior = parent.next_prior;
+            leaf.sibling = parent.child;
+            parent.child = slot;
+            float* parents_open = &open_[(size_t(b) * S + (root.leaf_slot - 1)) * M];
+            parents_open[leaf.action] = 0.0f;
+            find_next(parent, parents_open);
+        }
+
+        double ret = value[b];
+        int32_t node = slot;
+        while (true) {
+            Node& x = nodes[node];
+            x.return_sum += ret;
+            ++x.visits;
+            x.q = x.reward + discount_ * (x.return_sum / x.visits);
+            root.q_min = std::min(root.q_min, x.q);
+            root.q_max = std::max(root.q_max, x.q);
+            ret = x.reward + discount_ * ret;
+            if (x.parent == 0) break;
+            node = x.parent;
+        }
+        root_q_[size_t(b) * K + nodes[node].action] = nodes[node].q;
+        root_visits_[size_t(b) * K + nodes[node].action] = nodes[node].visits;
+        root.most_visits = std::max(root.most_visits, nodes[node].visits);
+        nodes[0].return_sum += ret;
+        ++nodes[0].visits;
+    }
+
+    void reset_one(int b, const float* root_value, const float* logits, const float* gumbel) {
+        const size_t edge = size_t(b) * K;
+        Node& root = nodes_[size_t(b) * (S + 1)];
+        root = Node{};
+        root.raw_value = root_value[b];
+        root.return_sum = root_value[b];
+        root.visits = 1;
+        roots_[b] = Root{};
+        std::fill_n(&root_q_[edge], K, 0.0);
+        std::fill_n(&root_visits_[edge], K, 0);
+        std::fill_n(&root_child_[edge], K, -1);
+        softmax(logits + edge, K, &root_prior_[edge]);
+        // g + logits, the logits shifted so that their maximum is 0: only differences matter
+        const float top = *std::max_element(logits + edge, logits + edge + K);
+        for (int a = 0; a < K; ++a) root_score_[edge + a] = gumbel[edge + a] + (logits[edge + a] - top);
     }
 
     // sigma(q) = scale * (q - q_min). Only differences of sigmas count, in every softmax and every argmax.
@@ -392,78 +518,6 @@ private:
         return best;
     }
 
-    void select_one(int b, int s, double* scratch, int64_t* parent, int64_t* action, int64_t* edge) {
-        const Node* nodes = &nodes_[size_t(b) * (S + 1)];
-        int32_t slot = 0, depth = 1;
-        int a = select_root(b, schedule_[s]);
-        int32_t child = root_child_[size_t(b) * K + a];
-        while (child >= 0) {
-            slot = child;
-            ++depth;
-            a = select_inner(b, nodes[slot], scratch, &child);
-        }
-        Root& root = roots_[b];
-        root.leaf_slot = slot;
-        root.leaf_action = a;
-        root.depth_sum += depth;
-        parent[b] = int64_t(slot) * B + b;
-        action[b] = a;
-        edge[b] = slot == 0 ? int64_t(b) * K + a : int64_t(B) * K + ((int64_t(slot) - 1) * B + b) * M + a;
-    }
-
-    void backup_one(int b, const float* reward, const float* value, const float* logits) {
-        const int32_t slot = simulation + 1;
-        Node* nodes = &nodes_[size_t(b) * (S + 1)];
-        Root& root = roots_[b];
-        Node& parent = nodes[root.leaf_slot];
-        Node& leaf = nodes[slot];
-        leaf.return_sum = 0.0;
-        leaf.visits = 0;
-        leaf.raw_value = value[b];
-        leaf.reward = reward[b];
-        leaf.parent = root.leaf_slot;
-        leaf.action = root.leaf_action;
-        leaf.child = -1;
-        float* open = &open_[(size_t(b) * S + (slot - 1)) * M];
-        if (logits != nullptr) {
-            softmax(logits + size_t(b) * M, M, open);
-        } else {
-            std::fill_n(open, M, 1.0f / M);
-        }
-        find_next(leaf, open);
-        if (root.leaf_slot == 0) {
-            leaf.prior = root_prior_[size_t(b) * K + leaf.action];
-            leaf.sibling = -1;  // the root has its children in root_child_
-            root_child_[size_t(b) * K + leaf.action] = slot;
-        } else {
-            leaf.prior = parent.next_prior;
-            leaf.sibling = parent.child;
-            parent.child = slot;
-            float* parents_open = &open_[(size_t(b) * S + (root.leaf_slot - 1)) * M];
-            parents_open[leaf.action] = 0.0f;
-            find_next(parent, parents_open);
-        }
-
-        double ret = value[b];
-        int32_t node = slot;
-        while (true) {
-            Node& x = nodes[node];
-            x.return_sum += ret;
-            ++x.visits;
-            x.q = x.reward + discount_ * (x.return_sum / x.visits);
-            root.q_min = std::min(root.q_min, x.q);
-            root.q_max = std::max(root.q_max, x.q);
-            ret = x.reward + discount_ * ret;
-            if (x.parent == 0) break;
-            node = x.parent;
-        }
-        root_q_[size_t(b) * K + nodes[node].action] = nodes[node].q;
-        root_visits_[size_t(b) * K + nodes[node].action] = nodes[node].visits;
-        root.most_visits = std::max(root.most_visits, nodes[node].visits);
-        nodes[0].return_sum += ret;
-        ++nodes[0].visits;
-    }
-
     // open: [M] the priors of the unvisited actions, 0 where visited. No prior is 0.
     void find_next(Node& node, const float* open) const {
         float highest = 0.0f;
@@ -488,28 +542,6 @@ private:
         for (int a = 0; a < count; ++a) sum += out[a];
         const double factor = 1.0 / sum;
         for (int a = 0; a < count; ++a) out[a] = std::max(float(out[a] * factor), std::numeric_limits<float>::min());
-    }
-
-    template <typename Function>
-    void parallel(Function function) {
-        const int threads = std::max(1, std::min(num_threads_, B / kMinRootsPerThread));
-        const size_t width = std::min(S, M) + 1;
-        if (scratch_.size() < threads * width) scratch_.resize(threads * width);
-        auto run = [&](int part) {
-            const int begin = int(int64_t(B) * part / threads), end = int(int64_t(B) * (part + 1) / threads);
-            for (int b = begin; b < end; ++b) function(b, end, &scratch_[part * width]);
-        };
-        // Threads are started per call: no pool that a fork would leave without its threads, and no second OpenMP
-        // runtime beside the one of torch.
-        std::vector<std::thread> others;
-        int part = 1;
-        try {
-            for (; part < threads; ++part) others.emplace_back(run, part);
-        } catch (const std::system_error&) {  // no more threads to be had: the rest is done here
-        }
-        run(0);
-        for (; part < threads; ++part) run(part);
-        for (auto& thread : others) thread.join();
     }
 
     const double discount_, c_visit_, c_scale_, min_q_range_;
