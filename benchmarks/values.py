@@ -6,6 +6,7 @@ Are the values right? Trains an agent and compares them with what they should be
 First, the network's values along episodes of the deterministic policy beside the discounted returns that followed; then,
 for the stored transitions by age, values, n-step targets and search-based values, with the share of the samples
 that each age gets. Where old, worse behaviour pulls values down, its n-step targets lie below the values of fresh data.
+Last, the same for the stored states shortly before a termination, where the return is known.
 """
 
 from __future__ import annotations
@@ -80,6 +81,30 @@ def by_age(model: EZV2) -> None:
         )
 
 
+def before_terminations(model: EZV2, steps: int = 5) -> None:
+    """Print values and observed returns of the stored states before a termination. :param steps: within so many of it"""
+    buffer = model.replay_buffer
+    assert buffer is not None
+    longest = buffer.td_steps, buffer.td_steps_min
+    buffer.td_steps = buffer.td_steps_min = steps
+    starts = np.flatnonzero(buffer.weights > 0)
+    batch = buffer.sequences(starts, env=model._vec_normalize_env, unroll_steps=0)
+    buffer.td_steps, buffer.td_steps_min = longest
+    ended = (batch.bootstrap_discounts[:, 0] == 0).numpy()
+    if not ended.any():
+        return
+    with th.no_grad():
+        values = model.policy.network.eval().values(batch.observations[ended, 0]).numpy()
+    searched = model.policy.search.run(batch.observations[ended, 0], None).value.numpy()
+    ages, returns = batch.ages[ended], batch.returns[ended, 0].numpy()
+    print(f"within {steps} steps of a termination, by age: value, search-based value, observed return (n)")
+    edges = np.unique(np.quantile(ages, np.linspace(0, 1, 5)).astype(int))
+    for low, high in zip(edges[:-1], [*(edges[1:-1] - 1), edges[-1]]):
+        group = (ages >= low) & (ages <= high)
+        means = values[group].mean(), searched[group].mean(), returns[group].mean()
+        print(f"  {low:6d} to {high:6d}: " + " ".join(f"{mean:9.2f}" for mean in means) + f"   ({group.sum()})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="CartPole-v1")
@@ -97,6 +122,7 @@ def main() -> None:
     print(f"{options.env}, {options.steps} steps, seed {options.seed}, {settings}; {machine()}; {commit()}")
     along_episodes(model, options.env, options.episodes, 10_000 * (1 + options.seed), options.longest)
     by_age(model)
+    before_terminations(model)
 
 
 if __name__ == "__main__":
