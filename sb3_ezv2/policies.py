@@ -13,9 +13,9 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 
 from sb3_ezv2.augmentation import augment
-from sb3_ezv2.distributions import SquashedGaussian, SupportSpec, mode
+from sb3_ezv2.distributions import SquashedGaussian, SupportSpec
 from sb3_ezv2.image_networks import ImageNetwork
-from sb3_ezv2.multi_discrete import first_category
+from sb3_ezv2.multi_discrete import MultiCategorical, first_category
 from sb3_ezv2.networks import BaseNetwork, Ezv2Network
 from sb3_ezv2.search import GumbelSearch, SearchResult, SearchSettings
 from sb3_ezv2.validation import check_images, check_integer
@@ -277,18 +277,21 @@ class Ezv2Policy(BasePolicy):
 
         :param obs: [B, ...]
         :param rng: of a sample; None: the mode
-        :return: int64 [B], or [B, A] in [-1, 1]
+        :return: int64 [B], int64 [B, D] of ``MultiDiscrete`` actions, or [B, A] in [-1, 1]
         :raises ValueError: the network gave NaN or infinite values
         """
-        self.network.eval()
-        head = self.network.policy_head(self.network.represent(obs))
+        network = self.network.eval()
+        head = network.policy_head(network.represent(obs))
         if not th.isfinite(head).all():
             raise ValueError("the policy head's outputs for the observations are NaN or infinite")
         if rng is None:
-            return mode(head, self.network.discrete)
-        if self.network.discrete:
+            return network.mode(head)
+        if network.discrete:
             return (head + th.from_numpy(rng.gumbel(size=head.shape)).to(head)).argmax(-1)
-        noise = rng.standard_normal((len(head), self.network.action_dim), dtype=np.float32)
+        if network.category_sizes:
+            uniform = rng.random((len(head), len(network.category_sizes)), dtype=np.float32)
+            return MultiCategorical(head, network.category_sizes).sample(th.from_numpy(uniform).to(head.device))
+        noise = rng.standard_normal((len(head), network.action_dim), dtype=np.float32)
         return SquashedGaussian(head).sample(th.from_numpy(noise).to(head.device))
 
     def to_env_actions(self, actions: th.Tensor) -> th.Tensor:
