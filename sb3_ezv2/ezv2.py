@@ -23,7 +23,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from sb3_ezv2.frames import frames_per_observation
 from sb3_ezv2.losses import compute_losses
 from sb3_ezv2.observations import apply
-from sb3_ezv2.policies import PREFIX_WINDOW, CnnPolicy, Ezv2Policy, MlpPolicy, MultiInputPolicy
+from sb3_ezv2.policies import PREFIX_WINDOW, CnnPolicy, Ezv2Policy, MlpPolicy, MultiInputPolicy, policy_for
 from sb3_ezv2.reanalyze import Reanalyzer, learns_best_action
 from sb3_ezv2.replay_buffer import RUNNING, SequenceReplayBuffer
 from sb3_ezv2.schedules import LONGEST_TARGET_UPDATE_INTERVAL, learning_rate_factor, plan_run, planned_updates
@@ -262,6 +262,7 @@ class EZV2(OffPolicyAlgorithm):
             self._generators = restored
         elif self._generators is None:
             self._seed_generators(int(np.random.randint(2**31)))
+        self.policy_class = policy_for(self.policy_class, self.observation_space)
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space,
             self.action_space,

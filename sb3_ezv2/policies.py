@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 
 from sb3_ezv2.augmentation import augment
@@ -18,7 +18,7 @@ from sb3_ezv2.image_networks import ImageNetwork
 from sb3_ezv2.multi_discrete import MultiCategorical, first_category
 from sb3_ezv2.networks import BaseNetwork, Ezv2Network
 from sb3_ezv2.search import GumbelSearch, SearchResult, SearchSettings
-from sb3_ezv2.validation import check_images, check_integer
+from sb3_ezv2.validation import check_images, check_integer, check_vectors, has_images
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -213,7 +213,8 @@ class Ezv2Policy(BasePolicy):
         :param n_simulations: of this call's searches; None: as many as in training. With fewer than ``n_sampled_actions`` only
             so many candidates are looked at. 0: the policy head alone, its mode or a sample of it
         :return: the actions as the environment takes them, and ``state``
-        :raises ValueError: ``n_simulations`` is no integer of at least 0, the observation is not of the space or not finite
+        :raises ValueError: ``n_simulations`` is no integer of at least 0, the observation is not of the space or not finite, or
+            the batch is empty
         """
         if n_simulations is not None:
             check_integer("n_simulations", n_simulations, 0, " or None")
@@ -258,9 +259,11 @@ class Ezv2Policy(BasePolicy):
         :param deterministic: no noise: the result depends on the observation and the weights alone. Otherwise a search with
             noise as in training, from a stream that is seeded by torch's, which training itself does not use
         :return: int64 [B], int64 [B, D] of ``MultiDiscrete`` actions, or [B, A] in [-1, 1]
-        :raises ValueError: an observation has NaN or infinite entries
+        :raises ValueError: there is no observation, or one has NaN or infinite entries
         """
-        tensors = observation.values() if isinstance(observation, dict) else [observation]
+        tensors = list(observation.values()) if isinstance(observation, dict) else [observation]
+        if len(tensors[0]) == 0:
+            raise ValueError("the batch of observations is empty: predict needs at least one.")
         if not all(th.isfinite(x).all() for x in tensors if x.is_floating_point()):
             raise ValueError("the observation has NaN or infinite entries: EZV2 cannot search from it")
         rng = None if deterministic else np.random.default_rng(int(th.randint(2**62, (1,))))
@@ -320,7 +323,7 @@ class Ezv2Policy(BasePolicy):
 
 class MlpPolicy(Ezv2Policy):
     """
-    Policy of EZV2 for vectors: the networks of EfficientZero V2 App. G.
+    Policy of EZV2 for vectors, and as ``MultiInputPolicy`` for dictionaries of them: the networks of EfficientZero V2 App. G.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -340,13 +343,14 @@ class MlpPolicy(Ezv2Policy):
     :param lstm_dim: width of that LSTM (EfficientZero App. A.1: 512)
     :param search_dtype: ``"bfloat16"``: matrix products of large searches in bfloat16, where the processor has it;
         its effect on learning is not known
-    :param features_extractor_class: Features extractor to use
+    :param features_extractor_class: Features extractor to use; None: ``FlattenExtractor``, or ``CombinedExtractor`` of ``Dict``
+        observations, which flattens and joins them
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
     :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer;
         by default, for ``th.optim.Adam``, weight decay 2e-5 (Table 3) and, for the speed, ``fused``
-    :raises ValueError: a setting out of its range
+    :raises ValueError: a setting out of its range, or a ``Dict`` with an image
     """
 
     def __init__(
@@ -366,12 +370,14 @@ class MlpPolicy(Ezv2Policy):
         value_prefix: bool = False,
         lstm_dim: int = 512,
         search_dtype: str = "float32",
-        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
     ):
+        if features_extractor_class is None:
+            features_extractor_class = CombinedExtractor if isinstance(observation_space, spaces.Dict) else FlattenExtractor
         super().__init__(
             observation_space,
             action_space,
@@ -400,7 +406,10 @@ class MlpPolicy(Ezv2Policy):
     def _check_settings(self) -> None:
         super()._check_settings()
         if isinstance(self.observation_space, spaces.Dict):
-            raise ValueError("MlpPolicy is not for Dict observations: take MultiInputPolicy, or flatten them.")
+            if issubclass(self.features_extractor_class, FlattenExtractor):
+                raise ValueError("FlattenExtractor is not for Dict observations: leave features_extractor_class out.")
+            if self.features_extractor_class is CombinedExtractor:
+                check_vectors(self.observation_space)
 
     def _make_network(self) -> BaseNetwork:
         return Ezv2Network(
@@ -427,7 +436,7 @@ class MlpPolicy(Ezv2Policy):
 
 class CnnPolicy(Ezv2Policy):
     """
-    Policy of EZV2 for images, and as ``MultiInputPolicy`` for dictionaries of images and vectors: the networks of
+    Policy of EZV2 for images, and as ``MultiInputPolicy`` for dictionaries with at least one image: the networks of
     EfficientZero App. A.1 with the action embedding of EfficientZero V2, and random shifts and intensities in training.
 
     :param observation_space: Observation space
@@ -541,6 +550,18 @@ class CnnPolicy(Ezv2Policy):
 
 
 MultiInputPolicy = CnnPolicy
+"""Where no observation of a ``Dict`` is an image, :class:`~sb3_ezv2.EZV2` takes :class:`MlpPolicy` instead."""
+
+
+def policy_for(policy: type[BasePolicy], observation_space: spaces.Space) -> type[BasePolicy]:
+    """
+    :param policy: that was asked for
+    :param observation_space: of the environment
+    :return: the policy to take: of ``MultiInputPolicy`` the one with the networks for the dictionary's members
+    """
+    if policy is MultiInputPolicy and isinstance(observation_space, spaces.Dict) and not has_images(observation_space):
+        return MlpPolicy
+    return policy
 
 
 def _frozen_copy(network: BaseNetwork) -> BaseNetwork:
