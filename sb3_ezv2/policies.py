@@ -213,8 +213,8 @@ class Ezv2Policy(BasePolicy):
         :param n_simulations: of this call's searches; None: as many as in training. With fewer than ``n_sampled_actions`` only
             so many candidates are looked at. 0: the policy head alone, its mode or a sample of it
         :return: the actions as the environment takes them, and ``state``
-        :raises ValueError: ``n_simulations`` is no integer of at least 0, the observation is not of the space or not finite, or
-            the batch is empty
+        :raises ValueError: ``n_simulations`` is no integer of at least 0, the observation is not of the space or not finite,
+            or the batch is empty
         """
         if n_simulations is not None:
             check_integer("n_simulations", n_simulations, 0, " or None")
@@ -343,8 +343,8 @@ class MlpPolicy(Ezv2Policy):
     :param lstm_dim: width of that LSTM (EfficientZero App. A.1: 512)
     :param search_dtype: ``"bfloat16"``: matrix products of large searches in bfloat16, where the processor has it;
         its effect on learning is not known
-    :param features_extractor_class: Features extractor to use; None: ``FlattenExtractor``, or ``CombinedExtractor`` of ``Dict``
-        observations, which flattens and joins them
+    :param features_extractor_class: Features extractor to use; None: ``FlattenExtractor``, or of ``Dict`` observations
+        ``CombinedExtractor``, which flattens and joins them
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default

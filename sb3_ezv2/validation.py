@@ -65,8 +65,8 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
         if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)) and np.any(space.start != 0):
             # SB3's preprocessing encodes them one-hot as if they began at 0
             raise ValueError(
-                f"{type(space).__name__} observations must start at 0, not at {space.start}, as everywhere in SB3: subtract the "
-                "start with gymnasium.wrappers.TransformObservation."
+                f"{type(space).__name__} observations must start at 0, not at {space.start}, as everywhere in SB3: subtract "
+                "the start with gymnasium.wrappers.TransformObservation."
             )
 
 

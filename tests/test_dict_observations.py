@@ -12,12 +12,14 @@ import torch as th
 from common import BOX, TINY, SpacesEnv
 from gymnasium import spaces
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_ezv2 import EZV2, MlpPolicy, MultiInputPolicy
 from sb3_ezv2.export import export_policy_head
 from sb3_ezv2.introspection import play, search_tree
+from sb3_ezv2.networks import Ezv2Network
 
 SPACE = spaces.Dict(
     position=BOX,
@@ -54,7 +56,9 @@ def test_learning_runs(actions: spaces.Space) -> None:
     before = [x.clone() for x in model.policy.network.parameters()]
     model.learn(54)
     assert model._n_updates == 14 and not all(map(th.equal, before, model.policy.network.parameters()))
-    assert model.policy.network.normalizer.mean.shape == (WIDTH,) and (model.policy.network.normalizer.var > 0).all()
+    network = model.policy.network
+    assert isinstance(network, Ezv2Network)
+    assert network.normalizer.mean.shape == (WIDTH,) and (network.normalizer.var > 0).all()
     obs = observations()
     for n_simulations in (None, 0):
         together, _ = model.predict(obs, deterministic=True, n_simulations=n_simulations)
@@ -121,7 +125,7 @@ def test_replay_holds_and_normalises_every_member() -> None:
     assert buffer is not None and normalized is not None
     raw, scaled = buffer.sequences(np.arange(4)), buffer.sequences(np.arange(4), env=normalized)  # type: ignore[attr-defined]
     for key, x in raw.observations.items():
-        assert x.shape[2:] == SPACE[key].shape
+        assert x.shape[2:] == get_obs_shape(SPACE[key])
         same = th.equal(x, scaled.observations[key])
         assert same == (key not in ("position", "matrix"))
         if not same:
