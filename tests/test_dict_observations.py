@@ -137,9 +137,10 @@ def test_replay_holds_and_normalises_every_member() -> None:
 def test_the_exported_head_and_the_tree(tmp_path: Path) -> None:
     actions = spaces.MultiDiscrete([4, 3], start=[1, 0])
     model = make(make_env(actions))
+    generator = th.Generator().manual_seed(1)
     with th.no_grad():
-        for parameter in model.policy.network.policy_head.parameters():
-            parameter.add_(th.randn(parameter.shape, generator=th.Generator().manual_seed(1)))
+        for parameter in model.policy.network.parameters():
+            parameter.add_(0.3 * th.randn(parameter.shape, generator=generator))
     obs = observations(8)
     expected, _ = model.predict(obs, deterministic=True, n_simulations=0)
     assert len(np.unique(expected, axis=0)) > 1
