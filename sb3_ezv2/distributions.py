@@ -186,19 +186,6 @@ class SquashedGaussian:
         return gaussian + _log_tanh_slope(self.mean + self.std * noise).sum(-1).mean(0)
 
 
-def mode(params: th.Tensor, discrete: bool) -> th.Tensor:
-    """
-    The action of a policy without noise: the likeliest one, or the squashed mean.
-
-    :param params: [..., n] logits, or [..., 2 * A] of a :class:`SquashedGaussian`
-    :param discrete: which of them
-    :return: int64 [...] or [..., A] in (-1, 1)
-    """
-    if discrete:
-        return params.argmax(-1)
-    return SquashedGaussian(params).sample(params.new_zeros(()))
-
-
 def _log_tanh_slope(u: th.Tensor) -> th.Tensor:
     """log(1 - tanh(u)^2) without cancellation, of any shape."""
     return 2 * (math.log(2) - u - F.softplus(-2 * u))

@@ -20,7 +20,7 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
-from sb3_ezv2.distributions import mode
+from sb3_ezv2.multi_discrete import first_category
 from sb3_ezv2.observations import apply
 from sb3_ezv2.policies import Ezv2Policy
 
@@ -38,6 +38,7 @@ class PolicyHead(nn.Module):
     :raises TypeError: it is no policy of EZV2
     """
 
+    first: th.Tensor
     low: th.Tensor
     high: th.Tensor
 
@@ -48,26 +49,28 @@ class PolicyHead(nn.Module):
         network = copy.deepcopy(policy.network).cpu().requires_grad_(False).eval()
         self.network = network
         space = policy.action_space
-        self.discrete = isinstance(space, spaces.Discrete)
-        self.start = 0
+        self.box = isinstance(space, spaces.Box)
         self.shape: tuple[int, ...] = ()
-        if isinstance(space, spaces.Discrete):
-            self.start = int(space.start)
-        else:
-            assert isinstance(space, spaces.Box)
+        if isinstance(space, spaces.Box):
             self.shape = space.shape
             self.register_buffer("low", th.as_tensor(space.low).clone())
             self.register_buffer("high", th.as_tensor(space.high).clone())
+        else:
+            first, self.dtype = first_category(space), th.from_numpy(np.zeros(0, space.dtype)).dtype
+            if isinstance(space, spaces.Discrete):
+                first, self.dtype = int(space.start), th.int64
+            self.register_buffer("first", th.as_tensor(first).clone())
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
         """
         :param obs: [B, ...] of the dtype of the policy's observation space and in its layout: images with channels first. A
             dictionary of such tensors for ``Dict`` spaces
-        :return: int64 [B], with the space's own start; or [B, ...] of a Box space's shape, within its bounds
+        :return: int64 [B], with the space's own start; [B, D] of a MultiDiscrete or MultiBinary space, with its start and
+            dtype; or [B, ...] of a Box space's shape, within its bounds
         """
-        action = mode(self.network.policy_head(self.network.represent(obs)), self.discrete)
-        if self.discrete:
-            return action + self.start
+        action = self.network.mode(self.network.policy_head(self.network.represent(obs)))
+        if not self.box:
+            return (action + self.first).to(self.dtype)
         action = action.unflatten(1, self.shape) if len(self.shape) != 1 else action
         return self.low + (0.5 * (action + 1.0) * (self.high - self.low))
 

@@ -18,7 +18,7 @@ from stable_baselines3.common.utils import update_learning_rate
 from sb3_ezv2.frames import frames_per_observation
 from sb3_ezv2.losses import compute_losses
 from sb3_ezv2.observations import apply
-from sb3_ezv2.policies import PREFIX_WINDOW, CnnPolicy, Ezv2Policy, MlpPolicy, MultiInputPolicy
+from sb3_ezv2.policies import PREFIX_WINDOW, CnnPolicy, Ezv2Policy, MlpPolicy, MultiInputPolicy, policy_for
 from sb3_ezv2.reanalyze import Reanalyzer, learns_best_action
 from sb3_ezv2.replay_buffer import RUNNING, SequenceReplayBuffer
 from sb3_ezv2.resumable import OpenRollout, ResumableAlgorithm
@@ -261,6 +261,7 @@ class EZV2(ResumableAlgorithm):
             self._generators, self.action_space = restored, sampled_space
         elif self._generators is None:
             self._seed_generators(int(np.random.randint(2**31)))
+        self.policy_class = policy_for(self.policy_class, self.observation_space)
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space,
             self.action_space,

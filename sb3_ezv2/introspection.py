@@ -2,24 +2,28 @@
 What an agent thinks, as arrays: the search tree of an observation, imagined futures beside real ones, and the errors of values
 and rewards over an episode. :mod:`sb3_ezv2.plotting` draws them.
 
-Shapes: K root actions, N nodes of a tree, T steps of an episode, H steps of an imagined future, A action dimensions.
+Shapes: K root actions, N nodes of a tree, T steps of an episode, H steps of an imagined future, A action
+dimensions, D of MultiDiscrete actions.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs
 from stable_baselines3.common.vec_env import unwrap_vec_normalize
 from torch.nn import functional as F
 
+from sb3_ezv2.multi_discrete import MultiCategorical
 from sb3_ezv2.networks import BaseNetwork
 from sb3_ezv2.observations import apply
 from sb3_ezv2.policies import Ezv2Policy
+from sb3_ezv2.search import SearchResult
 
 
 class SearchTree(NamedTuple):
@@ -27,16 +31,18 @@ class SearchTree(NamedTuple):
     The search of one observation.
 
     :param action: index of the action that is recommended
-    :param candidates: float [K, A], the root's actions in the environment's units; None for discrete actions
-    :param prior: float32 [K], the network's policy; equal for the candidates of Box actions, which are drawn from it
+    :param candidates: the root's actions as the environment takes them, float [K, A] of Box actions (flat), integers [K, D] of
+        MultiDiscrete and MultiBinary ones; None for discrete actions
+    :param prior: float32 [K], the network's policy; equal for candidates that are drawn from it: those of Box actions, and
+        those of MultiDiscrete ones where there are more actions than candidates
     :param policy: float32 [K], improved by the search
     :param visits: int32 [K], simulations through each; they sum to the number of simulations
     :param q: float32 [K], reward + discount * value of each; NaN for those without a visit
     :param network_value: the network's value of the observation
     :param value: the search's
     :param nodes: the tree itself, each entry [N], see :meth:`sb3_ezv2.ctree.Tree.nodes`
-    :param node_actions: float [N, A], the actions that lead to the nodes, in the environment's units (of the root: the middle
-        of the bounds); None for discrete actions
+    :param node_actions: [N, A] or [N, D], the actions that lead to the nodes, as ``candidates`` (of the root: the middle of
+        the bounds, or the first categories); None for discrete actions
     """
 
     action: int
@@ -56,7 +62,7 @@ class Episode(NamedTuple):
     One episode, or its beginning.
 
     :param observations: [T + 1, ...] tensors as the policy takes them, or a dictionary of them; the final one included
-    :param actions: int64 [T], counted from 0, or float32 [T, A] in [-1, 1]
+    :param actions: int64 [T] or [T, D], counted from 0, or float32 [T, A] in [-1, 1]
     :param rewards: float64 [T]
     :param terminated: it ended in a terminal state; otherwise it was truncated or cut short
     """
@@ -149,21 +155,17 @@ def search_tree(
     children = np.flatnonzero(nodes["parent"] == 0)
     visits[nodes["action"][children]] = nodes["visits"][children]
     q[nodes["action"][children]] = nodes["q"][children]
-    prior = np.full(count, 1 / count, np.float32)
-    if policy.network.discrete:
-        with th.no_grad():
-            prior = F.softmax(policy.network.initial_inference(obs)[2][0], dim=-1).cpu().numpy()
     return SearchTree(
         action=int(result.action[0]),
-        candidates=None if result.candidates is None else _unscale(policy, result.candidates[0].cpu().numpy()),
-        prior=prior,
+        candidates=None if result.candidates is None else _unscale(policy, result.candidates[0]),
+        prior=_prior(policy.network, obs, result),
         policy=result.policy[0].cpu().numpy(),
         visits=visits,
         q=q,
         network_value=float(result.network_value[0]),
         value=float(result.value[0]),
         nodes=nodes,
-        node_actions=None if actions is None else _unscale(policy, actions[0]),
+        node_actions=None if actions is None else _unscale(policy, th.from_numpy(actions[0])),
     )
 
 
@@ -221,7 +223,9 @@ def play(
         else np.concatenate(parts)
     )
     tensors, _ = policy.obs_to_tensor(joined)
-    return Episode(tensors, _scale(policy, np.concatenate(actions)), np.array(rewards), terminated)
+    taken = th.from_numpy(policy.from_env_actions(np.concatenate(actions)))
+    taken = taken if taken.is_floating_point() else taken.long()
+    return Episode(tensors, taken, np.array(rewards), terminated)
 
 
 @th.no_grad()
@@ -318,17 +322,21 @@ def _numpy(x: th.Tensor) -> np.ndarray:
     return x.detach().cpu().numpy()
 
 
-def _scale(policy: Ezv2Policy, actions: np.ndarray) -> th.Tensor:
-    """The environment's actions [T, ...] as the model takes them."""
-    space = policy.action_space
-    if isinstance(space, spaces.Box):
-        span = np.where(space.high > space.low, space.high - space.low, 1.0)
-        scaled = np.where(space.high > space.low, 2.0 * (actions - space.low) / span - 1.0, 0.0)
-        return th.from_numpy(scaled.reshape(len(actions), -1).astype(np.float32))
-    assert isinstance(space, spaces.Discrete)
-    return th.from_numpy(actions.astype(np.int64) - int(space.start))
+@th.no_grad()
+def _prior(network: BaseNetwork, obs: PyTorchObs, result: SearchResult) -> np.ndarray:
+    """The network's policy over the root's actions, float32 [K], of one observation."""
+    count = result.policy.shape[1]
+    policy = network.initial_inference(obs)[2]
+    if result.candidates is None:
+        return _numpy(F.softmax(policy[0], dim=-1))
+    if network.category_sizes and count == math.prod(network.category_sizes):
+        return _numpy(MultiCategorical(policy, network.category_sizes).log_prob(result.candidates[0]).exp())
+    return np.full(count, 1 / count, np.float32)
 
 
-def _unscale(policy: Ezv2Policy, actions: np.ndarray) -> np.ndarray:
-    """[n, A] in [-1, 1] to the environment's units."""
-    return policy.unscale_action(actions.reshape(-1, *policy.action_space.shape)).reshape(len(actions), -1)  # type: ignore
+def _unscale(policy: Ezv2Policy, actions: th.Tensor) -> np.ndarray:
+    """As the model takes them, [n, A] or [n, D], to as the environment does, flat."""
+    found = _numpy(policy.to_env_actions(actions))
+    if not isinstance(policy.action_space, spaces.Box):
+        return found
+    return policy.unscale_action(found.reshape(-1, *policy.action_space.shape)).reshape(len(found), -1)

@@ -64,6 +64,10 @@ class MultiCategorical:
         """:return: [...] the exact entropy: the sum of those of the dimensions"""
         return -(self.log_probs.exp() * self.log_probs).sum((-2, -1))
 
+    def mode(self) -> th.Tensor:
+        """:return: int64 [..., D], the most probable action; of equally probable categories the first"""
+        return self.log_probs.argmax(-1)
+
     def sample(self, uniform: th.Tensor) -> th.Tensor:
         """
         :param uniform: [..., D] in [0, 1), broadcastable with the logits

@@ -19,8 +19,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
-from sb3_ezv2.distributions import CategoricalSupport, SupportSpec
-from sb3_ezv2.multi_discrete import category_sizes
+from sb3_ezv2.distributions import CategoricalSupport, SquashedGaussian, SupportSpec
+from sb3_ezv2.multi_discrete import MultiCategorical, category_sizes
 from sb3_ezv2.observations import apply
 
 
@@ -264,6 +264,19 @@ class BaseNetwork(nn.Module):
         elif self.category_sizes:
             action = self.one_hot[action + self.first_categories].sum(-2)
         return self.dynamics(state, action)
+
+    def mode(self, policy: th.Tensor) -> th.Tensor:
+        """
+        The action of the policy head without noise: the likeliest one (of each dimension), or the squashed mean.
+
+        :param policy: [B, policy_outputs], output of the policy head
+        :return: int64 [B], int64 [B, D] of D dimensions or float [B, A] in (-1, 1)
+        """
+        if self.discrete:
+            return policy.argmax(-1)
+        if self.category_sizes:
+            return MultiCategorical(policy, self.category_sizes).mode()
+        return SquashedGaussian(policy).sample(policy.new_zeros(()))
 
     def project(self, state: th.Tensor) -> th.Tensor:
         """P1 of Eq. 4. :param state: [B, ...] :return: [B, width]"""

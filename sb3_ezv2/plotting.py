@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 REAL, MODEL, SEARCH, CHOSEN = "black", "tab:blue", "tab:green", "tab:orange"
 MOST_BARS = 24
 """Of more discrete actions only the most visited are drawn."""
+LONGEST_NAME = 4
+"""MultiDiscrete actions of more dimensions are numbered instead of written out."""
 
 
 def plot_search(
@@ -39,13 +41,14 @@ def plot_search(
     """
     The search of one observation. Above, the actions at the root: bars of policy and visits, points of Q; for Box actions with
     one or two dimensions the candidates where they lie. Below, the tree: a node's number is its visits, its colour the Q of
-    the action that leads to it; the recommended action and its most visited continuation are orange.
+    the action that leads to it; the recommended action and its most visited continuation are orange. MultiDiscrete and
+    MultiBinary actions are written out (``2,0,1``) where they have at most :data:`LONGEST_NAME` dimensions.
 
     :param agent: an EZV2 agent or its policy
     :param observation: one, as :meth:`~sb3_ezv2.policies.Ezv2Policy.predict` takes it
     :param n_simulations: of the search; None: as many as in training
     :param max_depth: of the tree that is drawn, at least 1; what lies deeper is counted below the nodes
-    :param action_names: of discrete actions, instead of their numbers
+    :param action_names: of ``Discrete`` actions, instead of their numbers
     :param rng: of the search's noise; None: the search of deterministic prediction
     :return: the figure
     :raises ValueError: ``max_depth`` is not positive, there are not as many names as actions, or several observations
@@ -58,7 +61,7 @@ def plot_search(
     names = _action_names(policy, tree, action_names)
     figure = _figure(8.0, 7.2)
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.0, 1.5])
-    dimensions = 0 if tree.candidates is None else tree.candidates.shape[1]
+    dimensions = tree.candidates.shape[1] if tree.candidates is not None and isinstance(policy.action_space, spaces.Box) else 0
     if dimensions == 1:
         _draw_line(top, policy, observation, tree)
     elif dimensions == 2:
@@ -188,7 +191,7 @@ def _widen(axis: Axes, *series: np.ndarray) -> None:
 
 
 def _action_names(policy: Ezv2Policy, tree: SearchTree, given: Sequence[str] | None) -> list[str]:
-    """Of the root's actions; of Box actions with more than two dimensions the candidates are numbered."""
+    """Of the root's actions; of Box actions the candidates are numbered."""
     count = len(tree.visits)
     if isinstance(policy.action_space, spaces.Discrete):
         names = [str(int(policy.action_space.start) + i) for i in range(count)] if given is None else list(given)
@@ -196,8 +199,19 @@ def _action_names(policy: Ezv2Policy, tree: SearchTree, given: Sequence[str] | N
             raise ValueError(f"there are {count} actions, but {len(names)} names were given.")
         return names
     if given is not None:
-        raise ValueError("action_names are for discrete actions: leave them out.")
+        raise ValueError("action_names are for Discrete actions: leave them out.")
+    if tree.candidates is not None and _written_out(tree.candidates):
+        return [_categories(action) for action in tree.candidates]
     return [f"#{i}" for i in range(count)]
+
+
+def _written_out(actions: np.ndarray) -> bool:
+    """:param actions: [n, D] of MultiDiscrete or [n, A] of Box actions :return: whether their categories are their names"""
+    return np.issubdtype(actions.dtype, np.integer) and actions.shape[1] <= LONGEST_NAME
+
+
+def _categories(action: np.ndarray) -> str:
+    return ",".join(map(str, action))
 
 
 def _draw_bars(figure: Any, tree: SearchTree, names: list[str]) -> None:
@@ -219,8 +233,10 @@ def _draw_bars(figure: Any, tree: SearchTree, names: list[str]) -> None:
     q_axis.set_title("Q of the visited actions", fontsize=9)
     q_axis.legend(fontsize=7)
     q_axis.margins(x=0.15, y=0.25)
+    upright = len(shown) > 3 and max(map(len, names)) > 3  # names that would run into each other
     for axis in (policy_axis, visit_axis, q_axis):
         axis.set_xticks(x, [names[action] for action in shown], fontsize=8 if len(shown) < 10 else 6)
+        axis.tick_params(axis="x", labelrotation=90 if upright else 0)
         axis.set_xlabel("action (recommended: orange)" if axis is not policy_axis else "action", fontsize=8)
         axis.tick_params(axis="y", labelsize=8)
         axis.grid(alpha=0.25, axis="y")
@@ -350,8 +366,8 @@ def _draw_tree(figure: Any, tree: SearchTree, max_depth: int, names: list[str]) 
 
     nodes, actions = tree.nodes, tree.node_actions
     parent, visits, q = nodes["parent"], nodes["visits"], nodes["q"]
-    scalar = actions is not None and actions.shape[1] == 1
-    order = actions[:, 0] if actions is not None and scalar else nodes["action"]
+    named = actions is None or actions.shape[1] == 1 or _written_out(actions)
+    order = actions[:, 0] if actions is not None and actions.shape[1] == 1 else nodes["action"]
     x, depth = tree_layout(nodes, order, max_depth)
     shown = np.flatnonzero(np.isfinite(x))
     best = _best_path(tree)
@@ -420,7 +436,7 @@ def _draw_tree(figure: Any, tree: SearchTree, max_depth: int, names: list[str]) 
     axis.set_ylim(-bottom - 0.35, 0.35)
     axis.set_xlim(x[shown].min() - 0.6, x[shown].max() + 0.6)
     hidden = len(parent) - len(shown)
-    label = "above it the action" if scalar or actions is None else "above it the action's number among the candidates"
+    label = "above it the action" if named else "above it the action's number among the candidates"
     title = f"the tree: in a node its visits, {label};\norange: the recommended action, then the most visited ones"
     if hidden:
         title += f"; {hidden} nodes below depth {max_depth} are not drawn (+n)"
@@ -434,6 +450,8 @@ def _edge_label(tree: SearchTree, node: int, names: list[str]) -> str:
     action = int(tree.nodes["action"][node])
     if tree.node_actions is None:
         return names[action]
+    if _written_out(tree.node_actions):
+        return _categories(tree.node_actions[node])
     if tree.node_actions.shape[1] == 1:
         digits = 1 if np.abs(tree.node_actions).max() >= 1 else 2
         return f"{tree.node_actions[node, 0]:.{digits}f}"

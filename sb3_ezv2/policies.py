@@ -9,18 +9,18 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_ezv2.augmentation import augment
-from sb3_ezv2.distributions import SquashedGaussian, SupportSpec, mode
+from sb3_ezv2.distributions import SquashedGaussian, SupportSpec
 from sb3_ezv2.image_networks import ImageNetwork
 from sb3_ezv2.inference import bfloat16_is_fast
-from sb3_ezv2.multi_discrete import first_category
+from sb3_ezv2.multi_discrete import MultiCategorical, first_category
 from sb3_ezv2.networks import BaseNetwork, Ezv2Network
 from sb3_ezv2.search import GumbelSearch, SearchResult, SearchSettings
-from sb3_ezv2.validation import check_images, check_integer, check_observation
+from sb3_ezv2.validation import check_images, check_integer, check_observation, check_vectors, has_images
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -226,7 +226,8 @@ class Ezv2Policy(BasePolicy):
         :param n_simulations: of this call's searches; None: as many as in training. With fewer than ``n_sampled_actions`` only
             so many candidates are looked at. 0: the policy head alone, its mode or a sample of it
         :return: the actions as the environment takes them, and ``state``
-        :raises ValueError: ``n_simulations`` is no integer of at least 0, the observation is not of the space or not finite
+        :raises ValueError: ``n_simulations`` is no integer of at least 0, the observation is not of the space or not finite,
+            or the batch is empty
         """
         if n_simulations is not None:
             check_integer("n_simulations", n_simulations, 0, " or None")
@@ -281,9 +282,11 @@ class Ezv2Policy(BasePolicy):
         :param deterministic: no noise: the result depends on the observation and the weights alone. Otherwise a search with
             noise as in training, from a stream that is seeded by torch's, which training itself does not use
         :return: int64 [B], int64 [B, D] of ``MultiDiscrete`` actions, or [B, A] in [-1, 1]
-        :raises ValueError: an observation has NaN or infinite entries
+        :raises ValueError: there is no observation, or one has NaN or infinite entries
         """
-        tensors = observation.values() if isinstance(observation, dict) else [observation]
+        tensors = list(observation.values()) if isinstance(observation, dict) else [observation]
+        if len(tensors[0]) == 0:
+            raise ValueError("the batch of observations is empty: predict needs at least one.")
         if not all(th.isfinite(x).all() for x in tensors if x.is_floating_point()):
             raise ValueError("the observation has NaN or infinite entries: EZV2 cannot search from it")
         rng = None if deterministic else np.random.default_rng(int(th.randint(2**62, (1,))))
@@ -300,18 +303,21 @@ class Ezv2Policy(BasePolicy):
 
         :param obs: [B, ...]
         :param rng: of a sample; None: the mode
-        :return: int64 [B], or [B, A] in [-1, 1]
+        :return: int64 [B], int64 [B, D] of ``MultiDiscrete`` actions, or [B, A] in [-1, 1]
         :raises ValueError: the network gave NaN or infinite values
         """
-        self.network.eval()
-        head = self.network.policy_head(self.network.represent(obs))
+        network = self.network.eval()
+        head = network.policy_head(network.represent(obs))
         if not th.isfinite(head).all():
             raise ValueError("the policy head's outputs for the observations are NaN or infinite")
         if rng is None:
-            return mode(head, self.network.discrete)
-        if self.network.discrete:
+            return network.mode(head)
+        if network.discrete:
             return (head + th.from_numpy(rng.gumbel(size=head.shape)).to(head)).argmax(-1)
-        noise = rng.standard_normal((len(head), self.network.action_dim), dtype=np.float32)
+        if network.category_sizes:
+            uniform = rng.random((len(head), len(network.category_sizes)), dtype=np.float32)
+            return MultiCategorical(head, network.category_sizes).sample(th.from_numpy(uniform).to(head.device))
+        noise = rng.standard_normal((len(head), network.action_dim), dtype=np.float32)
         return SquashedGaussian(head).sample(th.from_numpy(noise).to(head.device))
 
     def to_env_actions(self, actions: th.Tensor) -> th.Tensor:
@@ -340,7 +346,7 @@ class Ezv2Policy(BasePolicy):
 
 class MlpPolicy(Ezv2Policy):
     """
-    Policy of EZV2 for vectors: the networks of EfficientZero V2 App. G.
+    Policy of EZV2 for vectors, and as ``MultiInputPolicy`` for dictionaries of them: the networks of EfficientZero V2 App. G.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -362,13 +368,14 @@ class MlpPolicy(Ezv2Policy):
         its effect on learning is not known
     :param train_dtype: ``"bfloat16"``: matrix products and convolutions of training in bfloat16 (autocast), where the
         processor has it; weights, losses and the optimizer stay float32
-    :param features_extractor_class: Features extractor to use
+    :param features_extractor_class: Features extractor to use; None: ``FlattenExtractor``, or of ``Dict`` observations
+        ``CombinedExtractor``, which flattens and joins them
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
     :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer;
         by default, for ``th.optim.Adam``, weight decay 2e-5 (Table 3) and, for the speed, ``fused``
-    :raises ValueError: a setting out of its range
+    :raises ValueError: a setting out of its range, or a ``Dict`` with an image
     """
 
     def __init__(
@@ -389,12 +396,14 @@ class MlpPolicy(Ezv2Policy):
         lstm_dim: int = 512,
         search_dtype: str = "float32",
         train_dtype: str = "float32",
-        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
     ):
+        if features_extractor_class is None:
+            features_extractor_class = CombinedExtractor if isinstance(observation_space, spaces.Dict) else FlattenExtractor
         super().__init__(
             observation_space,
             action_space,
@@ -424,7 +433,10 @@ class MlpPolicy(Ezv2Policy):
     def _check_settings(self) -> None:
         super()._check_settings()
         if isinstance(self.observation_space, spaces.Dict):
-            raise ValueError("MlpPolicy is not for Dict observations: take MultiInputPolicy, or flatten them.")
+            if issubclass(self.features_extractor_class, FlattenExtractor):
+                raise ValueError("FlattenExtractor is not for Dict observations: leave features_extractor_class out.")
+            if self.features_extractor_class is CombinedExtractor:
+                check_vectors(self.observation_space)
 
     def _make_network(self) -> BaseNetwork:
         return Ezv2Network(
@@ -451,7 +463,7 @@ class MlpPolicy(Ezv2Policy):
 
 class CnnPolicy(Ezv2Policy):
     """
-    Policy of EZV2 for images, and as ``MultiInputPolicy`` for dictionaries of images and vectors: the networks of
+    Policy of EZV2 for images, and as ``MultiInputPolicy`` for dictionaries with at least one image: the networks of
     EfficientZero App. A.1 with the action embedding of EfficientZero V2, and random shifts and intensities in training.
 
     :param observation_space: Observation space
@@ -569,6 +581,18 @@ class CnnPolicy(Ezv2Policy):
 
 
 MultiInputPolicy = CnnPolicy
+"""Where no observation of a ``Dict`` is an image, :class:`~sb3_ezv2.EZV2` takes :class:`MlpPolicy` instead."""
+
+
+def policy_for(policy: type[BasePolicy], observation_space: spaces.Space) -> type[BasePolicy]:
+    """
+    :param policy: that was asked for
+    :param observation_space: of the environment
+    :return: the policy to take: of ``MultiInputPolicy`` the one with the networks for the dictionary's members
+    """
+    if policy is MultiInputPolicy and isinstance(observation_space, spaces.Dict) and not has_images(observation_space):
+        return MlpPolicy
+    return policy
 
 
 def _frozen_copy(network: BaseNetwork) -> BaseNetwork:

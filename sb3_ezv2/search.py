@@ -307,8 +307,8 @@ class GumbelSearch:
         """
         The trees of the latest :meth:`run`; of its last piece, if it was searched in pieces.
 
-        :return: see :meth:`sb3_ezv2.ctree.Tree.nodes`; for Box actions float32 [B, N, A], the actions in [-1, 1] that lead to
-            the nodes (0 for the roots), otherwise None
+        :return: see :meth:`sb3_ezv2.ctree.Tree.nodes`; the actions that lead to the nodes (0 for the roots), float32
+            [B, N, A] in [-1, 1] of Box actions, int64 [B, N, D] of MultiDiscrete ones, None for discrete ones
         :raises RuntimeError: nothing has been searched yet
         """
         if self._workspace is None:
@@ -324,7 +324,7 @@ class GumbelSearch:
         edges = np.where(parent == 0, root * self.num_root_actions + action, inner)
         edges[:, 0] = 0
         actions = self._workspace.actions.cpu().numpy()[edges]
-        actions[:, 0] = 0.0
+        actions[:, 0] = 0
         return nodes, actions
 
     def _get_workspace(self, num_roots: int, state: th.Tensor) -> _Workspace:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
+from torch import nn
 
 from sb3_ezv2.observations import apply, image_keys
 
@@ -113,6 +114,29 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
             )
         if isinstance(space, spaces.MultiDiscrete) and len(space.shape) > 1:
             raise ValueError(f"MultiDiscrete observations must have one dimension, not the shape {space.shape}.")
+        if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)) and np.any(space.start != 0):
+            # SB3's preprocessing encodes them one-hot as if they began at 0
+            raise ValueError(
+                f"{type(space).__name__} observations must start at 0, not at {space.start}, as everywhere in SB3: subtract "
+                "the start with gymnasium.wrappers.TransformObservation."
+            )
+
+
+def has_images(observation_space: spaces.Dict) -> bool:
+    """:return: whether any of the observations is an image, or meant as one"""
+    return any(isinstance(space, spaces.Box) and _may_be_image(space) for space in observation_space.spaces.values())
+
+
+def check_vectors(observation_space: spaces.Dict) -> None:
+    """:raises ValueError: one of the observations is an image, or has a name that SB3's ``CombinedExtractor`` cannot take"""
+    if has_images(observation_space):
+        raise ValueError("MlpPolicy is not for Dict observations with images: take MultiInputPolicy.")
+    for name in observation_space.spaces:
+        if not name or "." in name or hasattr(nn.ModuleDict(), name):
+            raise ValueError(
+                f"SB3's CombinedExtractor cannot take an observation of the name {name!r}, which is empty, has a dot or is an "
+                "attribute of torch.nn.ModuleDict: give it another name in a wrapper of the environment."
+            )
 
 
 def check_images(observation_space: spaces.Space, n_downsamples: int) -> None:
@@ -122,11 +146,6 @@ def check_images(observation_space: spaces.Space, n_downsamples: int) -> None:
     :raises ValueError: there is no image, or one that the image networks cannot take
     """
     if isinstance(observation_space, spaces.Dict):
-        if not any(is_image_space(space) for space in observation_space.spaces.values()):
-            raise ValueError(
-                "none of the Dict's observations is an image (uint8 in [0, 255], three dimensions): flatten it with "
-                "gymnasium.wrappers.FlattenObservation and take MlpPolicy."
-            )
         members = observation_space.spaces
     else:
         members = {"observation": observation_space}
@@ -135,6 +154,11 @@ def check_images(observation_space: spaces.Space, n_downsamples: int) -> None:
             _check_image(name, space, n_downsamples)
         elif len(members) == 1:
             raise ValueError(f"CnnPolicy is for images, not for {space}: take MlpPolicy.")
+    if isinstance(observation_space, spaces.Dict) and not any(map(is_image_space, members.values())):
+        raise ValueError(
+            "none of the Dict's observations is an image (uint8 in [0, 255], three dimensions): let EZV2 choose the networks "
+            "by the name MultiInputPolicy."
+        )
 
 
 def _may_be_image(space: spaces.Box) -> bool:

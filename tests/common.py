@@ -26,7 +26,7 @@ class SpacesEnv(gym.Env):
     Any spaces. The reward is 1 for Discrete action 0, or minus the mean square of a Box action.
 
     :param observation_space: observations are drawn from it
-    :param action_space: Discrete or Box
+    :param action_space: of any kind but Dict and Tuple
     :param length: steps of an episode
     :param truncates: episodes end by truncation, otherwise by termination
     """

@@ -94,6 +94,8 @@ def test_options_that_do_not_apply(settings: dict[str, Any], message: str) -> No
         (BOX, spaces.Box(0, 5, (2,), np.int64), "floating dtype"),
         (spaces.Tuple([BOX, BOX]), spaces.Discrete(2), "FlattenObservation"),
         (spaces.MultiDiscrete(np.array([[2, 3], [4, 5]])), spaces.Discrete(2), "one dimension"),
+        (spaces.Discrete(3, start=-1), spaces.Discrete(2), "^Discrete observations must start at 0, not at -1"),
+        (spaces.MultiDiscrete([3, 2], start=[0, 4]), spaces.Discrete(2), r"^MultiDiscrete .* must start at 0, not at \[0 4\]"),
     ],
     ids=str,
 )
@@ -152,6 +154,14 @@ def test_nan_loss_names_step_and_term_and_keeps_the_weights(head: str, term: str
     with pytest.raises(ValueError, match=rf"update {updates + 1} at step 50: the {term} loss is NaN"):
         model.train(gradient_steps=1, batch_size=16)
     assert all(th.equal(a, b) for a, b in zip(optimizer, model.policy.network.dynamics.parameters()))
+
+
+@pytest.mark.parametrize("space", [BOX, spaces.Discrete(3)], ids=str)
+@pytest.mark.parametrize("n_simulations", [None, 0])
+def test_predict_from_nothing(space: spaces.Space, n_simulations: int | None) -> None:
+    model = EZV2("MlpPolicy", SpacesEnv(space, spaces.Discrete(2)), **TINY)
+    with pytest.raises(ValueError, match="the batch of observations is empty"):
+        model.predict(np.zeros((0, *(space.shape or ())), space.dtype), deterministic=True, n_simulations=n_simulations)
 
 
 def test_predict_from_nan() -> None:

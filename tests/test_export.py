@@ -22,6 +22,9 @@ IMAGE = spaces.Box(0, 255, (12, 12, 1), np.uint8)
 ACTIONS = {
     "discrete": spaces.Discrete(4, start=-1),
     "box": spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([3.0, 0.5], np.float32)),
+    # of 18 actions 4 are candidates, of the other's 4 all
+    "multi": spaces.MultiDiscrete([3, 1, 6], start=[5, 0, -2], dtype=np.int32),
+    "binary": spaces.MultiBinary(2),
 }
 KINDS = pytest.mark.parametrize("kind", list(ACTIONS))
 
@@ -121,6 +124,13 @@ def test_without_simulations_the_policy_head_acts(kind: str) -> None:
         expected = head.argmax(1) - 1
         assert len(np.unique(expected)) > 1
         np.testing.assert_array_equal(found, expected)
+    elif kind in ("multi", "binary"):
+        # a dimension at a time, with the space's own start and type
+        dimensions = [head[:, :3], head[:, 3:4], head[:, 4:]] if kind == "multi" else [head[:, :2], head[:, 2:]]
+        expected = np.column_stack([logits.argmax(1) for logits in dimensions])
+        assert len(np.unique(expected, axis=0)) > 1
+        np.testing.assert_array_equal(found, expected + np.array([5, 0, -2]) if kind == "multi" else expected)
+        assert found.dtype == ACTIONS[kind].dtype and all(ACTIONS[kind].contains(action) for action in found)
     else:
         space = ACTIONS["box"]
         assert isinstance(space, spaces.Box)
@@ -139,6 +149,15 @@ def test_without_simulations_actions_are_samples_of_the_policy() -> None:
     probabilities = th.softmax(head[0], -1).numpy()
     assert probabilities.min() > 0.005
     # five standard errors of a frequency
+    assert (np.abs(frequencies - probabilities) < 5 * np.sqrt(probabilities / count)).all()
+
+    model = agent(ACTIONS["multi"])
+    first, _, last = head_outputs(model, obs)[0].split([3, 1, 6])
+    actions, _ = model.predict(np.repeat(obs, count, axis=0), n_simulations=0)
+    # independent of each other: the joint frequencies of the two dimensions that have a choice
+    frequencies = np.bincount((actions[:, 0] - 5) * 6 + actions[:, 2] + 2, minlength=18) / count
+    probabilities = th.outer(th.softmax(first, -1), th.softmax(last, -1)).flatten().numpy()
+    assert probabilities.max() > 2 * probabilities.min() and (actions[:, 1] == 0).all()
     assert (np.abs(frequencies - probabilities) < 5 * np.sqrt(probabilities / count)).all()
 
     model = agent(ACTIONS["box"])
@@ -195,6 +214,8 @@ CASES = {
     "box to discrete": (BOX, ACTIONS["discrete"]),
     "discrete to box": (spaces.Discrete(5), ACTIONS["box"]),
     "multi-discrete to a float64 matrix": (spaces.MultiDiscrete([3, 4]), spaces.Box(-2.0, 3.0, (2, 2), np.float64)),
+    "discrete to multi-discrete": (spaces.Discrete(5), ACTIONS["multi"]),
+    "box to multi-binary": (BOX, ACTIONS["binary"]),
     "image to box": (IMAGE, ACTIONS["box"]),
     "dict to box": (spaces.Dict(image=IMAGE, box=BOX, code=spaces.Discrete(3)), ACTIONS["box"]),
 }

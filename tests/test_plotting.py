@@ -30,6 +30,7 @@ OBSERVATION = np.array([0.3, -0.2, 0.9], np.float32)
 GAMMA = 0.9
 LINE = spaces.Box(-2.0, 3.0, (1,), np.float32)
 WIDE = spaces.Box(-1.0, 1.0, (3,), np.float32)
+MANY = spaces.MultiBinary(7)
 
 
 def thinker(action_space: spaces.Space = ACTIONS["discrete"], observation_space: spaces.Space = BOX, **settings: Any) -> EZV2:
@@ -92,7 +93,9 @@ def test_the_nodes_are_those_of_the_search(kind: str, native: bool, monkeypatch:
             assert tree["reward"][node] == pytest.approx(float(reward), rel=1e-4, abs=1e-4)
             assert tree["network_value"][node] == pytest.approx(float(value), rel=1e-4, abs=1e-4)
         assert tree["value"][0] == pytest.approx(float(result.value[root]), rel=1e-4, abs=1e-5)
+        assert (actions is None) == (result.candidates is None) == (kind == "discrete")
         if actions is not None and result.candidates is not None:
+            assert (actions[root, 0] == 0).all()
             first = np.flatnonzero(parent == 0)
             np.testing.assert_array_equal(actions[root, first], result.candidates[root].numpy()[tree["action"][first]])
 
@@ -108,6 +111,13 @@ def test_a_search_tree_is_the_one_that_predict_acts_by(kind: str) -> None:
             assert tree.prior.sum() == pytest.approx(1, rel=1e-4, abs=1e-5) and tree.prior.std() > 0.01
         else:
             np.testing.assert_allclose(tree.candidates[tree.action], action, rtol=1e-6)
+            assert tree.candidates.dtype == action.dtype
+            if kind == "binary":  # all actions, with their probabilities
+                assert tree.prior.sum() == pytest.approx(1, rel=1e-4) and tree.prior.std() > 0.01
+                likeliest = tree.candidates[tree.prior.argmax()]
+                np.testing.assert_array_equal(likeliest, model.predict(OBSERVATION, deterministic=True, n_simulations=0)[0])
+            else:
+                np.testing.assert_allclose(tree.prior, 1 / len(tree.prior))
             assert tree.node_actions is not None
             first = int(np.flatnonzero(tree.nodes["parent"] == 0)[0])
             np.testing.assert_allclose(tree.node_actions[first], tree.candidates[tree.nodes["action"][first]])
@@ -143,6 +153,27 @@ def test_the_bars_and_nodes_of_a_discrete_search() -> None:
     hidden = [int(text[1:]) for text in texts(level) if text.startswith("+")]
     assert sum(hidden) == 20 - np.count_nonzero(tree.visits)
     assert f"{sum(hidden)} nodes below depth 1" in level.figure.get_suptitle()
+
+
+@pytest.mark.parametrize("space", [ACTIONS["multi"], ACTIONS["binary"], spaces.MultiDiscrete([5]), MANY], ids=str)
+def test_actions_of_several_dimensions_are_written_out(space: spaces.Space) -> None:
+    model = thinker(space)
+    tree = search_tree(model, OBSERVATION)
+    assert tree.candidates is not None and tree.node_actions is not None
+    assert all(space.contains(action) for action in [*tree.candidates, *tree.node_actions])
+    figure = plotting.plot_search(model, OBSERVATION, max_depth=50)
+    _, visit_axis, _, tree_axis, _ = axes(figure)
+    names = [",".join(str(int(x)) for x in action) for action in tree.candidates]
+    edges = [",".join(str(int(x)) for x in action) for action in tree.node_actions[1:]]
+    if space is MANY:
+        names, edges = [f"#{i}" for i in range(len(names))], [f"#{i}" for i in tree.nodes["action"][1:]]
+    assert [label.get_text() for label in visit_axis.get_xticklabels()] == names and len(set(names)) == len(names)
+    np.testing.assert_array_equal([bar.get_height() for bar in visit_axis.patches], tree.visits)
+    visits = [str(n) for n in tree.nodes["visits"]]
+    assert sorted(texts(tree_axis)) == sorted([*visits, *edges])
+    with pytest.raises(ValueError, match="action_names are for Discrete actions"):
+        plotting.plot_search(model, OBSERVATION, action_names=names)
+    figure.canvas.draw()
 
 
 @pytest.mark.parametrize("space", [LINE, ACTIONS["box"], WIDE], ids=["1", "2", "3"])
@@ -205,9 +236,14 @@ def test_a_played_episode_is_what_happened(kind: str, truncates: bool) -> None:
         taken = space.low + (scaled + 1) / 2 * (space.high - space.low)
         np.testing.assert_allclose(taken, actions, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(episode.rewards, -np.square(taken).mean(1), rtol=1e-4, atol=1e-5)
-    else:
+    elif isinstance(space, spaces.Discrete):
         np.testing.assert_array_equal(episode.actions.numpy() - 1, actions)
         np.testing.assert_array_equal(episode.rewards, actions == -1)
+    else:
+        assert episode.actions.dtype == th.int64 and episode.actions.min() >= 0
+        start = np.array([5, 0, -2]) if kind == "multi" else 0
+        np.testing.assert_array_equal(episode.actions.numpy() + start, actions)
+        np.testing.assert_allclose(episode.rewards, np.square(actions).mean(1) * -1.0)
 
     errors = episode_errors(model, episode)
     with th.no_grad():
