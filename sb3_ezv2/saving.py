@@ -125,7 +125,11 @@ def check_agent_file(path: str | pathlib.Path | io.BufferedIOBase, needed: tuple
 
 
 def unreadable(path: Any, error: BaseException) -> ValueError:
-    """:param path: of the file, or an open one :param error: one of :data:`READ_ERRORS` :return: the same in a sentence"""
+    """
+    :param path: of the file, or an open one
+    :param error: one of :data:`READ_ERRORS`
+    :return: the same in a sentence
+    """
     return ValueError(
         f"{file_name(path)} is damaged, or of another version of sb3-ezv2, PyTorch or Stable-Baselines3 "
         f"({type(error).__name__}: {error})"
