@@ -86,8 +86,11 @@ def reading(path: str | pathlib.Path | io.BufferedIOBase, suffix: str) -> Iterat
     :param path: of the file, or an open one
     :param suffix: tried if there is no file without
     :raises FileNotFoundError: there is no such file
+    :raises TypeError: neither a path nor an open file
     """
     if not isinstance(path, (str, pathlib.Path)):
+        if not hasattr(path, "read"):
+            raise TypeError(f"the path {path!r} has an invalid type: give a string, a pathlib.Path or an open binary file.")
         position = path.tell()
         yield path  # type: ignore[misc]
         path.seek(position)
