@@ -96,7 +96,9 @@ def reading(path: str | pathlib.Path | io.BufferedIOBase, suffix: str) -> Iterat
         path.seek(position)
         return
     plain, with_suffix = pathlib.Path(path), pathlib.Path(f"{path}.{suffix}")
-    with open(with_suffix if not plain.is_file() and with_suffix.is_file() else plain, "rb") as file:
+    if not plain.is_file() and (with_suffix.is_file() or not (plain.suffix or plain.exists())):
+        plain = with_suffix  # also if there is neither: the name that saving would have given is the one to be told
+    with open(plain, "rb") as file:
         yield file
 
 
