@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pathlib
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +14,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict, TrainFreq
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
 from stable_baselines3.common.utils import update_learning_rate
 
 from sb3_ezv2.frames import frames_per_observation
@@ -327,10 +329,13 @@ class EZV2(ResumableAlgorithm):
         return self.policy.predict(observation, state, episode_start, deterministic, n_simulations)
 
     def set_parameters(
-        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+        self,
+        load_path_or_dict: str | pathlib.Path | io.BufferedIOBase | dict[str, Any],
+        exact_match: bool = True,
+        device: th.device | str = "auto",
     ) -> None:
-        """As in SB3."""
-        super().set_parameters(load_path_or_dict, exact_match, device)
+        """As in SB3, with what :meth:`get_parameters` returns, or a file that :meth:`load` takes."""
+        super().set_parameters(load_path_or_dict, exact_match, device)  # type: ignore[arg-type]  # SB3 names two of these
         if self._reanalyzer is not None:
             self._reanalyzer.target_refreshed()  # what it remembers are searches with other weights
 

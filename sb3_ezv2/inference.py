@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -46,6 +46,8 @@ class SearchModel(Protocol):
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]: ...
 
     def eval(self) -> Any: ...
+
+    def state_dict(self) -> Mapping[str, th.Tensor]: ...
 
 
 def bfloat16_is_fast() -> bool:

@@ -86,14 +86,19 @@ def reading(path: str | pathlib.Path | io.BufferedIOBase, suffix: str) -> Iterat
     :param path: of the file, or an open one
     :param suffix: tried if there is no file without
     :raises FileNotFoundError: there is no such file
+    :raises TypeError: neither a path nor an open file
     """
     if not isinstance(path, (str, pathlib.Path)):
+        if not hasattr(path, "read"):
+            raise TypeError(f"the path {path!r} has an invalid type: give a string, a pathlib.Path or an open binary file.")
         position = path.tell()
         yield path  # type: ignore[misc]
         path.seek(position)
         return
     plain, with_suffix = pathlib.Path(path), pathlib.Path(f"{path}.{suffix}")
-    with open(with_suffix if not plain.is_file() and with_suffix.is_file() else plain, "rb") as file:
+    if not plain.is_file() and (with_suffix.is_file() or not (plain.suffix or plain.exists())):
+        plain = with_suffix  # also if there is neither: the name that saving would have given is the one to be told
+    with open(plain, "rb") as file:
         yield file
 
 
@@ -125,7 +130,11 @@ def check_agent_file(path: str | pathlib.Path | io.BufferedIOBase, needed: tuple
 
 
 def unreadable(path: Any, error: BaseException) -> ValueError:
-    """:param path: of the file, or an open one :param error: one of :data:`READ_ERRORS` :return: the same in a sentence"""
+    """
+    :param path: of the file, or an open one
+    :param error: one of :data:`READ_ERRORS`
+    :return: the same in a sentence
+    """
     return ValueError(
         f"{file_name(path)} is damaged, or of another version of sb3-ezv2, PyTorch or Stable-Baselines3 "
         f"({type(error).__name__}: {error})"

@@ -351,7 +351,7 @@ def check_observation(observation: Any, space: spaces.Space) -> None:
     for key in image_keys(space):
         shape = np.shape(observation if key is None else observation[key])
         if len(shape) not in (3, 4):
-            expected = (space if key is None else space[key]).shape  # type: ignore[index]
+            expected = (space if key is None else space[key]).shape or ()  # type: ignore[index]
             raise ValueError(
                 f"the {key or 'observation'} of shape {shape} is no image of this agent: please use {expected} or "
                 f"(n_env, {', '.join(map(str, expected))}), the channels first or last."

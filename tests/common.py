@@ -6,7 +6,10 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch as th
 from gymnasium import spaces
+
+from sb3_ezv2 import EZV2
 
 TINY: dict[str, Any] = dict(
     batch_size=16,
@@ -19,6 +22,19 @@ TINY: dict[str, Any] = dict(
     policy_kwargs=dict(net_arch=[16], state_dim=16, n_blocks=1, action_embedding_dim=8),
 )
 """Shortest runs that pass through everything."""
+
+
+def make(env: Any = "CartPole-v1", **settings: Any) -> EZV2:
+    """
+    :param env: any that MlpPolicy takes
+    :param settings: other than :data:`TINY` and the seed 0
+    """
+    return EZV2("MlpPolicy", env, **{"seed": 0, **TINY, **settings})
+
+
+def weights(model: EZV2) -> th.Tensor:
+    """:return: everything that the policy holds, running statistics and all copies of the network, as one vector"""
+    return th.cat([x.detach().float().flatten().clone() for x in model.policy.state_dict().values()])
 
 
 class SpacesEnv(gym.Env):

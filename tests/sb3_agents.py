@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch as th
 from common import BOX, SpacesEnv
 from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
@@ -71,11 +70,6 @@ def agent(policy: Any = "MlpPolicy", env: Any = None, **settings: Any) -> EZV2:
     kwargs = {**SMALLEST, **settings}
     kwargs["policy_kwargs"] = {**sizes, **settings.get("policy_kwargs", {})}
     return EZV2(policy, env, **kwargs)
-
-
-def weights(model: EZV2) -> th.Tensor:
-    """:return: everything that the policy holds, running statistics and all copies of the network, as one vector"""
-    return th.cat([x.detach().float().flatten().clone() for x in model.policy.state_dict().values()])
 
 
 def batch_of(space: spaces.Space, n: int) -> Any:

@@ -16,7 +16,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from common import BOX, TINY, FaultyEnv, SpacesEnv
+from common import BOX, FaultyEnv, SpacesEnv, make
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -32,10 +32,6 @@ def sigint() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-def make(env: Any = "CartPole-v1", **settings: Any) -> EZV2:
-    return EZV2("MlpPolicy", env, **{"seed": 0, **TINY, **settings})
 
 
 def check_consistent(model: EZV2) -> None:
@@ -213,13 +209,12 @@ def test_handlers_of_the_process_are_left_alone() -> None:
 
 INTERRUPTED = """
 import torch
-from common import TINY
+from common import make
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv
-from sb3_ezv2 import EZV2
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    model = EZV2("MlpPolicy", make_vec_env("CartPole-v1", 2, vec_env_cls=SubprocVecEnv), **{**TINY, "learning_starts": 10})
+    model = make(make_vec_env("CartPole-v1", 2, vec_env_cls=SubprocVecEnv), learning_starts=10)
     print("begins", flush=True)
     try:
         model.learn(100_000)

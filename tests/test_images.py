@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from common import BOX, TINY, FaultyEnv, SpacesEnv
+from common import BOX, TINY, FaultyEnv, SpacesEnv, weights
 from gymnasium import spaces
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
@@ -41,18 +41,14 @@ def make(space: spaces.Space = GREY, actions: spaces.Space = ACTION_SPACES[0], n
     return EZV2("MultiInputPolicy" if isinstance(space, spaces.Dict) else "CnnPolicy", env, gradient_steps=-1, **kwargs)
 
 
-def parameters(model: EZV2) -> th.Tensor:
-    return th.cat([x.float().flatten() for x in model.policy.state_dict().values()])
-
-
 @pytest.mark.parametrize("value_prefix", [False, True])
 @pytest.mark.parametrize("space", [GREY, MIXED], ids=["image", "dict"])
 @pytest.mark.parametrize("actions", ACTION_SPACES, ids=str)
 def test_learning_runs(space: spaces.Space, actions: spaces.Space, value_prefix: bool) -> None:
     model = make(space, actions, n_stack=3, policy_kwargs=dict(value_prefix=value_prefix))
-    before = parameters(model)
+    before = weights(model)
     model.learn(44)
-    assert model._n_updates == 24 and not th.equal(before, parameters(model))
+    assert model._n_updates == 24 and not th.equal(before, weights(model))
     assert isinstance(model.policy.network, ImageNetwork)
     env = model.get_env()
     assert env is not None
@@ -83,7 +79,7 @@ def test_the_papers_optimizer_and_its_schedule() -> None:
 
 
 def test_same_seed_same_run() -> None:
-    runs = [parameters(make(MIXED, seed=seed).learn(40)) for seed in (3, 3, 4)]
+    runs = [weights(make(MIXED, seed=seed).learn(40)) for seed in (3, 3, 4)]
     assert th.equal(runs[0], runs[1]) and not th.equal(runs[0], runs[2])
 
 
@@ -113,7 +109,7 @@ def test_grey_images_keep_their_channel_axis_and_frames_are_stored_once() -> Non
 
 
 def test_stored_once_or_whole_the_run_is_the_same() -> None:
-    runs = [parameters(make(GREY, n_stack=4, replay_buffer_kwargs=dict(frame_stack=n)).learn(50)) for n in (4, 1)]
+    runs = [weights(make(GREY, n_stack=4, replay_buffer_kwargs=dict(frame_stack=n)).learn(50)) for n in (4, 1)]
     assert th.equal(*runs)
 
 
@@ -137,7 +133,7 @@ def test_save_load_goes_on_identically(tmp_path: Path, space: spaces.Space) -> N
     model.save_replay_buffer(tmp_path / "replay")
     loaded = EZV2.load(tmp_path / "agent", env=make(space, n_stack=2).get_env())
     loaded.load_replay_buffer(tmp_path / "replay")
-    assert th.equal(parameters(model), parameters(loaded))
+    assert th.equal(weights(model), weights(loaded))
     assert isinstance(loaded.policy, CnnPolicy) and loaded.policy.random_shift == 1 and loaded.policy.value_prefix
     model.set_env(make(space, n_stack=2).get_env())  # type: ignore[arg-type]
     model._reanalyzer = None  # the searches that it remembers are not saved
@@ -147,7 +143,7 @@ def test_save_load_goes_on_identically(tmp_path: Path, space: spaces.Space) -> N
         env.seed(1)
         agent.learn(20, reset_num_timesteps=False)
     assert model._n_updates == loaded._n_updates > 20
-    assert th.equal(parameters(model), parameters(loaded))
+    assert th.equal(weights(model), weights(loaded))
 
 
 def test_policy_save_deepcopy_pickle(tmp_path: Path) -> None:

@@ -384,7 +384,7 @@ def test_an_agent_predicts_with_the_weights_of_now() -> None:
     model.learn(60)
     seen.append(values(model))
     other = EZV2("MlpPolicy", "Pendulum-v1", seed=1, **TINY).learn(50)
-    model.set_parameters(other.get_parameters())  # type: ignore[arg-type]
+    model.set_parameters(other.get_parameters())
     seen.append(values(model))
     assert th.equal(seen[-1], values(other))
     np.testing.assert_array_equal(predictions(model), predictions(other))

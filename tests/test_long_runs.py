@@ -9,20 +9,15 @@ import os
 import pickle
 import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
-from common import TINY
+from common import make, weights
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_ezv2 import EZV2, MlpPolicy
-
-
-def make(env: Any = "CartPole-v1", **settings: Any) -> EZV2:
-    return EZV2("MlpPolicy", env, **{"seed": 0, **TINY, **settings})
+from sb3_ezv2 import MlpPolicy
 
 
 def resident_bytes() -> int:
@@ -84,15 +79,12 @@ def test_agents_leave_nothing_behind() -> None:
 
 
 def test_two_agents_do_not_disturb_each_other() -> None:
-    def parameters(model: EZV2) -> th.Tensor:
-        return th.cat([x.flatten() for x in model.policy.parameters()])
-
-    alone = [parameters(make(seed=seed).learn(60)) for seed in (1, 2)]
+    alone = [weights(make(seed=seed).learn(60)) for seed in (1, 2)]
     first, second = make(seed=1), make(seed=2)
     for number, model in enumerate((first, second, first, second)):
         model.learn(60)
         if number < 2:
-            assert th.equal(parameters(model), alone[number])
+            assert th.equal(weights(model), alone[number])
     # and at the same time
     models = [make(seed=1), make(seed=2)]
     threads = [threading.Thread(target=model.learn, args=(60,)) for model in models]
@@ -100,7 +92,7 @@ def test_two_agents_do_not_disturb_each_other() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(th.equal(parameters(model), expected) for model, expected in zip(models, alone))
+    assert all(th.equal(weights(model), expected) for model, expected in zip(models, alone))
 
 
 def test_policy_copies_are_independent() -> None:
@@ -111,7 +103,13 @@ def test_policy_copies_are_independent() -> None:
         assert isinstance(policy, MlpPolicy)
         model.learn(10, reset_num_timesteps=False)
         np.testing.assert_array_equal(policy.predict(observations, deterministic=True)[0], expected)
-        policy.optimizer.step()
+        # it searches with its own weights, and what becomes of them leaves the agent alone
+        agents, _ = model.predict(observations, deterministic=True)
+        for parameter in policy.network.policy_head.parameters():
+            th.nn.init.normal_(parameter)
+        assert policy.search.model is policy.network
+        assert not np.array_equal(policy.predict(observations, deterministic=True)[0], expected)
+        np.testing.assert_array_equal(model.predict(observations, deterministic=True)[0], agents)
 
 
 def predict_in_worker(policy: MlpPolicy, observations: np.ndarray) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import pickle
 import resource
 import signal
 import subprocess
@@ -18,21 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
-from common import BOX, TINY, SpacesEnv
+from common import SpacesEnv, make
 from gymnasium import spaces
 from resume_tools import Stubborn
 from stable_baselines3 import PPO
-from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ezv2 import EZV2
 from sb3_ezv2.checkpoint import FullCheckpointCallback, latest_checkpoint, save_checkpoint
 from sb3_ezv2.replay_buffer import TRUNCATED
-
-
-def make(env: Any = "CartPole-v1", **settings: Any) -> EZV2:
-    return EZV2("MlpPolicy", env, **{"seed": 0, **TINY, **settings})
 
 
 def files(folder: Path) -> list[str]:
@@ -64,8 +58,7 @@ def test_callback_writes_in_time_and_keeps_the_last(tmp_path: Path) -> None:
 
 KILLED = """
 import sys, torch
-from common import TINY
-from sb3_ezv2 import EZV2
+from common import make
 from sb3_ezv2.checkpoint import FullCheckpointCallback
 torch.set_num_threads(1)
 
@@ -75,7 +68,7 @@ class Telling(FullCheckpointCallback):
         print(self.model.num_timesteps, flush=True)
         return path
 
-model = EZV2("MlpPolicy", "CartPole-v1", seed=0, **{**TINY, "learning_starts": 4})
+model = make(learning_starts=4)
 print("begins", flush=True)
 model.learn(100_000, callback=Telling(2, sys.argv[1]))
 """
@@ -156,6 +149,7 @@ def test_folders_that_cannot_be_written_to(agent: EZV2, tmp_path: Path) -> None:
     assert (tmp_path / "agent.zip_2").is_file()
     with pytest.warns(UserWarning, match="does not exist"):
         agent.save(tmp_path / "new" / "agent")
+    assert (tmp_path / "new" / "agent.zip").is_file()
     os.symlink(tmp_path / "new" / "agent.zip", tmp_path / "link.zip")
     agent.save(tmp_path / "link.zip")
     assert (tmp_path / "link.zip").is_symlink()
@@ -221,25 +215,15 @@ def test_damaged_and_foreign_files(agent: EZV2, tmp_path: Path) -> None:
         EZV2.load_checkpoint(tmp_path / "alone", env="CartPole-v1")
 
 
-def test_damaged_and_foreign_replay_buffers(agent: EZV2, tmp_path: Path) -> None:
+def test_damaged_replay_buffers(agent: EZV2, tmp_path: Path) -> None:
     before = agent.replay_buffer
     agent.save_replay_buffer(tmp_path / "good")
     content = (tmp_path / "good.pkl").read_bytes()
     assert len(content) < 100_000  # of 100,000 slots 60 were written to
-    other = ReplayBuffer(10, BOX, spaces.Discrete(2))
-    for data, message in (
-        (content[:-100], "is damaged"),
-        (b"", "is damaged"),
-        (b"no pickle", "is damaged"),
-        (pickle.dumps([1, 2]), "holds a list"),
-        (pickle.dumps(other), "holds a ReplayBuffer"),
-    ):
+    for data in (content[:-100], b"", b"no pickle"):
         (tmp_path / "bad.pkl").write_bytes(data)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match="is damaged"):
             agent.load_replay_buffer(tmp_path / "bad")
-    make("Pendulum-v1").learn(50).save_replay_buffer(tmp_path / "pendulum")
-    with pytest.raises(ValueError, match="observation space of the replay buffer"):
-        agent.load_replay_buffer(tmp_path / "pendulum")
     assert agent.replay_buffer is before
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from common import BOX, SpacesEnv
-from sb3_agents import agent, vec_env, weights
+from common import BOX, SpacesEnv, weights
+from sb3_agents import agent, vec_env
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     CallbackList,
@@ -25,6 +25,7 @@ from stable_baselines3.common.callbacks import (
 )
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_ezv2 import EZV2
@@ -223,7 +224,8 @@ def test_checkpoints(tmp_path: Path, n_envs: int) -> None:
     loaded = EZV2.load(f"{stem}_{steps[1]}_steps", env=normalize, device="cpu")
     loaded.load_replay_buffer(f"{stem}_replay_buffer_{steps[1]}_steps")
     assert loaded.num_timesteps == steps[1] and 0 < loaded._n_updates < model._n_updates
-    assert loaded.get_vec_normalize_env() is normalize and normalize.obs_rms.count > steps[1]  # type: ignore[union-attr]
+    assert loaded.get_vec_normalize_env() is normalize
+    assert isinstance(normalize.obs_rms, RunningMeanStd) and normalize.obs_rms.count > steps[1]
     # a checkpoint is made before the step's transition is stored
     assert loaded.replay_buffer is not None and loaded.replay_buffer.total_transitions == steps[1] - n_envs
     loaded.learn(4 * n_envs, reset_num_timesteps=False)

@@ -33,7 +33,7 @@ GREY = spaces.Box(0, 255, (16, 16, 1), np.uint8)
 
 SPACES = [
     BOX,
-    spaces.Box(-1.0, 1.0, (2, 3), np.float64),
+    spaces.Box(-10.0, 10.0, (2, 3), np.float64),
     spaces.Box(-np.inf, np.inf, (2,), np.float32),
     spaces.Box(0, 9, (2,), np.int64),
     spaces.Box(0, 1, (3,), np.uint8),
@@ -102,7 +102,8 @@ def test_normalized_observations_and_rewards(tmp_path: Path, policy: str) -> Non
     scaled = env.normalize_reward(raw.rewards.numpy())
     np.testing.assert_allclose(batch.rewards.numpy(), np.where(batch.reward_mask.numpy(), scaled, 0), rtol=1e-5)
     assert not np.allclose(raw.rewards, batch.rewards)
-    for key in keys or [None]:
+    normalized: list[str | None] = [None] if keys is None else [*keys]
+    for key in normalized:
         one, other = (x.observations if key is None else x.observations[key] for x in (raw, batch))
         assert not np.allclose(one, other)
         stored = buffer.store.arrays[key][:4]
@@ -115,7 +116,7 @@ def test_normalized_observations_and_rewards(tmp_path: Path, policy: str) -> Non
     loaded = EZV2.load(tmp_path / "agent", env=other_env, device="cpu")
     loaded.load_replay_buffer(tmp_path / "replay")
     obs = batch_of(env.observation_space, 3)
-    np.testing.assert_array_equal(*(x.predict(obs, deterministic=True)[0] for x in (model, loaded)))
+    np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0])
     other_env.training = other_env.norm_reward = False
     count = other_env.ret_rms.count
     evaluate_policy(loaded, other_env, n_eval_episodes=2)

@@ -12,7 +12,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from sb3_agents import agent, weights
+from common import weights
+from sb3_agents import agent
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -106,5 +107,5 @@ def test_a_whole_package(tmp_path: Path, repository: Path, monkeypatch: pytest.M
 
     loaded = EZV2.load(packed / name.filename, device="cpu")
     assert th.equal(weights(loaded), weights(model))
-    observation = gym.make("CartPole-v1").observation_space.sample()
-    np.testing.assert_array_equal(*(x.predict(observation, deterministic=True)[0] for x in (model, loaded)))
+    obs = gym.make("CartPole-v1").observation_space.sample()
+    np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0])

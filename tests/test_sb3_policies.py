@@ -10,9 +10,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from common import BOX
+from common import BOX, weights
 from gymnasium import spaces
-from sb3_agents import DISCRETE, IMAGE, OBSERVATIONS, STATE_SIZES, agent, vec_env, weights
+from sb3_agents import DISCRETE, IMAGE, OBSERVATIONS, STATE_SIZES, agent, vec_env
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
@@ -86,7 +86,7 @@ def test_a_policy_of_ones_own(tmp_path: Any, divide: bool) -> None:
     model.policy.save(str(tmp_path / "policy"))
     for policy in (loaded.policy, ScaledPolicy.load(str(tmp_path / "policy"), device="cpu")):
         assert isinstance(policy, ScaledPolicy) and policy.divide == divide
-        np.testing.assert_array_equal(*(x.predict(obs, deterministic=True)[0] for x in (model.policy, policy)))
+        np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], policy.predict(obs, deterministic=True)[0])
     loaded.learn(4, reset_num_timesteps=False)
 
 
@@ -129,21 +129,18 @@ def test_images_through_a_features_extractor() -> None:
 
 
 def test_policy_arguments_that_do_not_exist() -> None:
-    for kwargs, message in (
-        (dict(features_extractor_class=NatureCNN), "'features_extractor_class': .* is for MlpPolicy"),
-        (dict(features_extractor_kwargs={}), "'features_extractor_kwargs': .* is for MlpPolicy"),
-        (dict(normalize_images=False), "'normalize_images': its images are always divided by 255"),
-        (dict(state_dim=3), "'state_dim': it has net_arch, channels, n_blocks"),
-    ):
-        with pytest.raises(TypeError, match=f"policy_kwargs: CnnPolicy takes no argument {message}"):
-            agent("CnnPolicy", policy_kwargs=kwargs)
-    for kwargs, message in (
-        (dict(activation_fn=th.nn.ReLU), "'activation_fn': the activations are the paper's"),
-        (dict(net_arc=[3]), "'net_arc': it has net_arch, state_dim"),
-        (dict(lr_schedule=None), "'lr_schedule': it has"),
-    ):
-        with pytest.raises(TypeError, match=f"policy_kwargs: MlpPolicy takes no argument {message}"):
-            agent(policy_kwargs=kwargs)
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("CnnPolicy", dict(features_extractor_class=NatureCNN), "'features_extractor_class': .* is for MlpPolicy"),
+        ("CnnPolicy", dict(features_extractor_kwargs={}), "'features_extractor_kwargs': .* is for MlpPolicy"),
+        ("CnnPolicy", dict(normalize_images=False), "'normalize_images': its images are always divided by 255"),
+        ("CnnPolicy", dict(state_dim=3), "'state_dim': it has net_arch, channels, n_blocks"),
+        ("MlpPolicy", dict(activation_fn=th.nn.ReLU), "'activation_fn': the activations are the paper's"),
+        ("MlpPolicy", dict(net_arc=[3]), "'net_arc': it has net_arch, state_dim"),
+        ("MlpPolicy", dict(lr_schedule=None), "'lr_schedule': it has"),
+    ]
+    for policy, kwargs, message in cases:
+        with pytest.raises(TypeError, match=f"policy_kwargs: {policy} takes no argument {message}"):
+            agent(policy, policy_kwargs=kwargs)
     with pytest.raises(ValueError, match="net_arch must be a list of hidden widths"):
         agent(policy_kwargs=dict(net_arch=dict(pi=[8], qf=[8])))
 

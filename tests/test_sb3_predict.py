@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
-from common import BOX, SpacesEnv
+from common import BOX, SpacesEnv, weights
 from gymnasium import spaces
-from sb3_agents import CONTINUOUS, DICT, DISCRETE, IMAGE, OBSERVATIONS, POLICIES, agent, batch_of, monitored, vec_env, weights
+from sb3_agents import CONTINUOUS, DICT, DISCRETE, IMAGE, OBSERVATIONS, POLICIES, agent, batch_of, monitored, vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
@@ -115,11 +115,12 @@ def test_dictionaries_that_do_not_fit() -> None:
     with pytest.raises(AssertionError, match="is a dict but the obs space is Box"):
         trained().predict({"a": BOX.sample()})
     keys = r"must be a dictionary with the keys \['camera', 'gear', 'speed'\], not"
-    for wrong, message in (
+    cases: list[tuple[Any, str]] = [
         ({**DICT.sample(), "brake": np.zeros(1)}, r"keys \['brake', 'camera', 'gear', 'speed'\]"),
         ({"camera": IMAGE.sample(), "gear": 1}, r"keys \['camera', 'gear'\]"),
         (BOX.sample(), "a ndarray"),
-    ):
+    ]
+    for wrong, message in cases:
         with pytest.raises(ValueError, match=f"{keys} .*{message}"):
             trained("MultiInputPolicy").predict(wrong)
 

@@ -68,6 +68,9 @@ class EagerModel:
         self.training = False
         return self
 
+    def state_dict(self) -> dict[str, th.Tensor]:
+        return {}  # it learns nothing
+
 
 class TableModel(EagerModel):
     """
