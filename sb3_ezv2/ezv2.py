@@ -250,6 +250,7 @@ class EZV2(ResumableAlgorithm):
                 f"EZV2 replays sequences: {self.replay_buffer_class.__name__} does not apply, "
                 "replay_buffer_class must be a subclass of sb3_ezv2.replay_buffer.SequenceReplayBuffer or None."
             )
+        self.policy_class = policy_for(self.policy_class, self.observation_space)
         check_policy(self.policy_class, Ezv2Policy, self.policy_kwargs)
         check_spaces(self.observation_space, self.action_space)
         check_normalizer(self._vec_normalize_env, self.observation_space)
@@ -263,7 +264,6 @@ class EZV2(ResumableAlgorithm):
             self._generators, self.action_space = restored, sampled_space
         elif self._generators is None:
             self._seed_generators(int(np.random.randint(2**31)))
-        self.policy_class = policy_for(self.policy_class, self.observation_space)
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space,
             self.action_space,

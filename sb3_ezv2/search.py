@@ -223,7 +223,8 @@ class GumbelSearch:
         tree = work.tree
         num_roots = len(tree.parent)
         leaf_states, leaf_actions = work.leaf_states[:num_roots], work.leaf_actions[:num_roots]
-        rows = states.flatten(1).numpy(), leaf_states.flatten(1).numpy()
+        # views: a copy would never be read again
+        rows = states.view(len(states), -1).numpy(), leaf_states.view(num_roots, -1).numpy()
         if actions is None or noise is None:
             leaf_actions = th.from_numpy(tree.action)
             driver = Driver(tree, *rows)
@@ -357,7 +358,8 @@ class GumbelSearch:
                 min_q_range=min_q_range,
                 states=_empty_pool(state, nodes),
                 actions=state.new_empty(0 if self.model.discrete else edges, self.candidate_dim, dtype=dtype),
-                leaf_states=th.empty_like(state),
+                # the driver writes here row by row, whatever the layout of the model's own states (channels last)
+                leaf_states=th.empty_like(state, memory_format=th.contiguous_format),
                 leaf_actions=state.new_empty(num_roots, self.candidate_dim, dtype=dtype),
                 zeros=np.zeros((num_roots, self.num_root_actions), dtype=np.float32),
             )

@@ -106,11 +106,10 @@ def test_save_load_goes_on_identically(tmp_path: Path) -> None:
     model.policy.save(str(tmp_path / "policy"))
     alone = MlpPolicy.load(str(tmp_path / "policy"), device="cpu")
     np.testing.assert_array_equal(alone.predict(obs, deterministic=True)[0], expected)
-    # both from a reset of equally seeded environments, without remembered searches, which are not saved
+    # both from a reset of equally seeded environments
     again = env()
     again.obs_rms, again.ret_rms = copy.deepcopy(normalized.obs_rms), copy.deepcopy(normalized.ret_rms)
     model.set_env(again)
-    model._reanalyzer = None
     for agent in (model, loaded):
         agent.get_env().seed(1)  # type: ignore[union-attr]
         agent.learn(20, reset_num_timesteps=False)

@@ -110,7 +110,7 @@ def test_deterministic_actions_depend_on_observation_and_weights_alone(kind: str
     np.testing.assert_array_equal(twin.predict(obs, deterministic=True, n_simulations=n_simulations)[0], first)
     # and they follow the weights
     with th.no_grad():
-        for parameter in model.policy.network.policy_head.parameters():
+        for parameter in (*model.policy.network.policy_head.parameters(), *model.policy.network.value_head.parameters()):
             parameter.neg_()
     assert not np.array_equal(model.predict(obs, deterministic=True, n_simulations=n_simulations)[0], first)
 

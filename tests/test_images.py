@@ -78,6 +78,24 @@ def test_the_papers_optimizer_and_its_schedule() -> None:
     assert (group["momentum"], group["weight_decay"]) == (0.9, 1e-4)
 
 
+@pytest.mark.parametrize("actions", ACTION_SPACES, ids=str)
+@pytest.mark.parametrize("value_prefix", [False, True], ids=["rewards", "prefix"])
+def test_the_drivers_search_is_that_of_the_plain_loop(
+    actions: spaces.Space, value_prefix: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States of images are not laid out as the driver's rows are: it must reach the model all the same."""
+    model = make(actions=actions, policy_kwargs=dict(value_prefix=value_prefix)).learn(60)
+    obs, _ = model.policy.obs_to_tensor(np.random.default_rng(0).integers(0, 255, (5, *GREY.shape)).astype(np.uint8))
+    search = model.policy.search
+    driven = search.run(obs, np.random.default_rng(1))
+    monkeypatch.setattr(search, "_simulate_on_cpu", search._simulate)
+    plain = search.run(obs, np.random.default_rng(1))
+    assert driven.value.std() > 0
+    for name, ours, expected in zip(driven._fields, driven, plain):
+        if expected is not None:
+            th.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_same_seed_same_run() -> None:
     runs = [weights(make(MIXED, seed=seed).learn(40)) for seed in (3, 3, 4)]
     assert th.equal(runs[0], runs[1]) and not th.equal(runs[0], runs[2])
