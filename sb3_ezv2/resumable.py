@@ -276,7 +276,10 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         normalizer = self._vec_normalize_env
         if normalizer is not None and self._normalizer_before is not None and not _finite(normalizer):
             # NaN has gone into the means
-            normalizer.obs_rms, normalizer.ret_rms = self._normalizer_before
+            observations, returns = self._normalizer_before
+            normalizer.ret_rms = returns
+            if observations is not None:
+                normalizer.obs_rms = observations
 
     def collect_rollouts(
         self,
@@ -320,7 +323,9 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         """:param buffer_actions: the actions that are taken next, as they will be stored"""
         self._open_actions = buffer_actions
         if self._vec_normalize_env is not None:
-            self._normalizer_before = copy.deepcopy((self._vec_normalize_env.obs_rms, self._vec_normalize_env.ret_rms))
+            # Without norm_obs it has no obs_rms
+            normalizer = self._vec_normalize_env
+            self._normalizer_before = copy.deepcopy((getattr(normalizer, "obs_rms", None), normalizer.ret_rms))
 
     def _made_step(self) -> dict[str, Any] | None:
         """:return: the step that the environments have made and that is not stored yet; None if there is none"""
