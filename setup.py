@@ -29,8 +29,8 @@ if os.name == "nt":
     compile_args, link_args, exact, fused, in_vectors = ["/O2", "/std:c++17", "/EHsc"], [], [], [], []
 else:
     compile_args, link_args = ["-O3", "-std=c++17", "-pthread", "-g0"], ["-pthread"]
-    # The tree, the actions and the noise: no contraction to fused multiply-adds, so that they are the same on every architecture, and
-    # the tree agrees with its references. The model: as fast as can be.
+    # The tree, the actions and the noise: no contraction to fused multiply-adds, so that they are the same on every
+    # architecture, and the tree agrees with its references. The model: as fast as can be.
     exact, fused = ["-ffp-contract=off"], ["-ffp-contract=fast"]
     # The noise: square roots need not set errno, and comparisons may be made without a branch. No result changes.
     in_vectors = ["-fno-math-errno", "-fno-trapping-math"]
