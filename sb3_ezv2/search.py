@@ -17,7 +17,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_ezv2.ctree import Driver, Tree
+from sb3_ezv2.ctree import Driver, Tree, fill_normal
 from sb3_ezv2.distributions import MAX_ACTION, SquashedGaussian
 from sb3_ezv2.inference import NativeModel, SearchModel, TracedModel
 from sb3_ezv2.multi_discrete import MultiDiscreteCandidates, category_sizes
@@ -278,7 +278,7 @@ class GumbelSearch:
 
     def _sample_candidates(self, policy: th.Tensor, rng: np.random.Generator | None) -> tuple[th.Tensor, th.Tensor]:
         """
-        All noise of a batch of Box searches is drawn at once.
+        All noise of a batch of Box searches is drawn at once, from a key that the generator draws.
 
         :param policy: [B, 2A] output of the policy head at the roots
         :return: root candidates [B, K, A]; standard normal noise of the inner nodes, broadcastable to [S, B, M, A]
@@ -296,9 +296,11 @@ class GumbelSearch:
         else:
             from_policy = max(1, round(settings.policy_action_fraction * num_actions))
             std_scale[from_policy:] = settings.flat_std_scale
-            root_noise = rng.standard_normal((num_roots, num_actions, action_dim), dtype=np.float32)
-            shape = (settings.n_simulations, num_roots, num_inner, action_dim)
-            inner_noise = rng.standard_normal(shape, dtype=np.float32)
+            at_roots = num_roots * num_actions * action_dim
+            noise = np.empty(at_roots + settings.n_simulations * num_roots * num_inner * action_dim, np.float32)
+            fill_normal(int(rng.integers(2**64, dtype=np.uint64)), noise)
+            root_noise = noise[:at_roots].reshape(num_roots, num_actions, action_dim)
+            inner_noise = noise[at_roots:].reshape(settings.n_simulations, num_roots, num_inner, action_dim)
         device = policy.device
         distribution = SquashedGaussian(policy.unsqueeze(1))
         candidates = distribution.sample(th.from_numpy(root_noise).to(device), th.from_numpy(std_scale).to(device))

@@ -21,6 +21,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 import sb3_ezv2.search
+from sb3_ezv2.ctree import fill_normal
 from sb3_ezv2.distributions import CategoricalSupport, SquashedGaussian, SupportSpec
 from sb3_ezv2.networks import Ezv2Network
 from sb3_ezv2.search import GumbelSearch, SearchResult, SearchSettings
@@ -34,19 +35,29 @@ class RecordingGenerator(np.random.Generator):
     def __init__(self, seed: int):
         super().__init__(np.random.PCG64(seed))
         self.drawn: list[np.ndarray] = []
+        self.keys: list[np.uint64] = []
 
     def gumbel(self, *args: Any, **kwargs: Any) -> Any:
         self.drawn.append(super().gumbel(*args, **kwargs))
         return self.drawn[-1]
 
-    def standard_normal(self, *args: Any, **kwargs: Any) -> Any:
-        self.drawn.append(super().standard_normal(*args, **kwargs))
-        return self.drawn[-1]
+    def integers(self, *args: Any, **kwargs: Any) -> Any:
+        self.keys.append(super().integers(*args, **kwargs))
+        return self.keys[-1]
 
     def noise(self, *shape: int) -> np.ndarray:
         """The one array of this shape that was drawn."""
         (array,) = [x for x in self.drawn if x.shape == shape]
         return array
+
+    def inner_noise(self, settings: SearchSettings, roots: int, action_dim: int) -> np.ndarray:
+        """The noise [S, B, M, A] of Box candidates at inner nodes. Of the one key's numbers those of the roots come first."""
+        shape = settings.n_simulations, roots, settings.n_inner_actions, action_dim
+        size = int(np.prod(shape))
+        numbers = np.empty(roots * settings.n_sampled_actions * action_dim + size, np.float32)
+        (key,) = self.keys
+        fill_normal(key, numbers)
+        return numbers[-size:].reshape(shape)
 
 
 class EagerModel:
@@ -233,7 +244,7 @@ def test_sampled_search_of_tables(candidates: int, inner: int, simulations: int)
     rng = RecordingGenerator(2)
     result = GumbelSearch(model, settings).run(th.arange(float(roots)).unsqueeze(1), rng)
     assert result.candidates is not None and result.candidates.shape == (roots, candidates, 2)
-    inner_actions = SquashedGaussian(params).sample(th.from_numpy(rng.noise(simulations, roots, inner, 2)))
+    inner_actions = SquashedGaussian(params).sample(th.from_numpy(rng.inner_noise(settings, roots, 2)))
     problem = dataclasses.replace(problem, root_codes=model.codes(result.candidates), inner_codes=model.codes(inner_actions))
     assert_plain(result, problem, Settings(candidates, 0.95))
     assert model.rows_seen == [roots] * simulations
@@ -336,7 +347,7 @@ def test_search_with_a_network(space: spaces.Space) -> None:
     if network.discrete:
         gumbel = rng.noise(roots, 5)
     else:
-        inner_noise = rng.noise(SETTINGS.n_simulations, roots, SETTINGS.n_inner_actions, 2)
+        inner_noise = rng.inner_noise(SETTINGS, roots, 2)
     clear, deepest = 0, 0
     for root in range(roots):
         candidates = list(range(5)) if result.candidates is None else list(result.candidates[root])

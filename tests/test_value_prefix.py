@@ -99,7 +99,7 @@ def test_search_against_brute_force(observation_space: spaces.Space, action_spac
     rng = RecordingGenerator(3)
     result = GumbelSearch(network, settings).run(obs, rng)
     gumbel = rng.noise(roots, 2) if network.discrete else np.zeros((roots, 2))
-    inner = None if network.discrete else rng.noise(40, roots, 1, 2)
+    inner = None if network.discrete else rng.inner_noise(settings, roots, 2)
     clear, deepest = 0, 0
     for root in range(roots):
         candidates = [0, 1] if result.candidates is None else list(result.candidates[root])
