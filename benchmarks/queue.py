@@ -12,6 +12,7 @@ where they were. ``--list`` only says how far each is. What the runs print goes 
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -147,6 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for job in jobs:
             print(f"{job.steps_done():>8} of {job.run.steps:>8}  {job.run.out}/{job.run.name}")
         return 0
+    # As Ctrl-C: the runs save themselves
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     left = work(jobs, options.workers, options.hours, options.threads, options.save_every)
     print(f"{len(jobs) - left} of {len(jobs)} runs are finished.")
     return UNFINISHED if left else 0

@@ -1,5 +1,8 @@
 """The queue of benchmark runs: what is unfinished is run, and goes on where it stopped."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,20 @@ def test_the_time_limit_leaves_runs_that_can_go_on(tmp_path: Path, capsys: pytes
     assert queue.main([str(file), "--hours", str(6 / 3600)]) == learn.UNFINISHED
     assert "was stopped and can go on" in capsys.readouterr().out
     assert any((tmp_path / "out" / "checkpoints").iterdir())
+
+
+def test_terminating_the_queue_ends_its_runs_and_saves_them(tmp_path: Path) -> None:
+    file, out = tmp_path / "queue.txt", tmp_path / "out"
+    file.write_text(line(out, "0", steps=10**6))
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks.queue", str(file)], stderr=subprocess.DEVNULL)
+    log = out / "CartPole-v1_ezv2_seed0.log"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and "step" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.terminate()
+    process.wait(60)
+    assert "To go on" in log.read_text()
+    assert any((out / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(
