@@ -122,13 +122,14 @@ def test_same_seed_same_run(env_id: str) -> None:
     "env_id, expected",
     [
         ("CartPole-v1", [121.99881, 200.52205, 153.53214, 158.70314, 142.52962, 8109.65105, 1780.20936]),
-        ("Pendulum-v1", [120.67316, 199.45154, 154.09676, 157.06609, 147.0516, 8108.79604, 1779.22066]),
+        ("Pendulum-v1", [120.67379, 199.44796, 154.10502, 157.07992, 146.9889, 8108.79509, 1779.22124]),
     ],
 )
 def test_a_short_run_gives_the_weights_it_always_gave(env_id: str, expected: list[float]) -> None:
     """
     Sums of the absolute weights of each part, recorded before images came in: networks, replay and losses of states are still
-    made and drawn in the same order. Machines differ in their last digits, another order of random numbers in the third.
+    made and drawn in the same order. Machines differ in their last digits, another order of random numbers in the third. Those
+    of Pendulum were recorded anew when the noise of Box searches got a generator of its own; they moved by up to 4e-4.
     """
     network = make(env_id, tau=0.01, value_target="td").learn(60).policy.network
     parts = [list(part.parameters()) for part in network.children()]
