@@ -72,7 +72,7 @@ CASES: dict[str, tuple[Callable[[], VecEnv], dict[str, Any]]] = {
         lambda: VecNormalize(make_vec_env("CartPole-v1", 2, seed=3, vec_env_cls=SubprocVecEnv, vec_env_kwargs=FORK)),
         dict(mixed_value_start=20, fresh_transitions=30),
     ),
-    "episodes": (lambda: make_vec_env("CartPole-v1", 1, seed=3), dict(train_freq=(1, "episode"), gradient_steps=5)),
+    "episodes": (lambda: make_vec_env("CartPole-v1", 1, seed=3), dict(train_freq=(1, "episode"), gradient_steps=10)),
     "replayed": (lambda: make_vec_env(Stubborn, 2, seed=3, wrapper_class=Resumable), {}),
 }
 
