@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +15,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 
 from sb3_ezv2.env_states import restore_env_states, save_env_states
 from sb3_ezv2.wrappers import Resumable
-
-os.environ.setdefault("MUJOCO_GL", "disable")
 
 
 def play(env: VecEnv, actions: list[np.ndarray]) -> list[Any]:

@@ -31,13 +31,12 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage
-from zoo_tools import choose_renderer, load_study, manager
+from zoo_tools import load_study, manager
 
 from sb3_ezv2 import EZV2, zoo
 from sb3_ezv2.search_space import NETWORKS, convert_ezv2_params, sample_ezv2_params, study_hyperparams
 
 zoo.register()
-choose_renderer()
 
 CONFIGS = {path.name: yaml.safe_load(path.read_text()) for path in sorted(zoo.CONFIGS.glob("*.yml"))}
 ENTRIES = [(config, name) for config, entries in CONFIGS.items() for name in entries]

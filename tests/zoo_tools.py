@@ -32,16 +32,6 @@ def environment() -> dict[str, str]:
     return variables
 
 
-def choose_renderer() -> None:
-    """On a machine without a display, render by EGL if that is there. To be called before dm_control is imported."""
-    if any(name in os.environ for name in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY")):
-        return
-    variables = {**os.environ, "MUJOCO_GL": "egl"}
-    check = subprocess.run([sys.executable, "-c", "import dm_control._render"], env=variables, capture_output=True)
-    if check.returncode == 0:
-        os.environ["MUJOCO_GL"] = "egl"
-
-
 def run(*command: str, cwd: Path, fails: bool = False, **variables: str) -> str:
     """
     :param command: arguments of Python
