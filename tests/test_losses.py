@@ -92,7 +92,7 @@ def make_data(space: spaces.Space, size: int = 6, steps: int = 3, seed: int = 0,
     return batch, Targets(normal(size, steps + 1, scale=20.0), mask(size, steps + 1), policies, candidates)
 
 
-def losses_of(network: Ezv2Network, batch: Batch, targets: Targets, seed: int = 0, **coefs: float) -> Losses:
+def losses_of(network: Ezv2Network, batch: Batch, targets: Targets, seed: int = 0, **coefs: Any) -> Losses:
     return compute_losses(network, batch, targets, np.random.default_rng(seed), **coefs)
 
 

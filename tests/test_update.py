@@ -57,7 +57,7 @@ def test_nothing_in_the_losses_and_the_step_reads_the_device(space: spaces.Space
     def to_meta(x: Any) -> Any:
         return x.to("meta") if isinstance(x, th.Tensor) else x
 
-    batch, targets = batch._make(map(to_meta, batch)), targets._make(map(to_meta, targets))
+    batch, targets = type(batch)(*map(to_meta, batch)), type(targets)(*map(to_meta, targets))
     optimizer = th.optim.Adam(network.parameters(), foreach=True)
     losses = losses_of(network, batch, targets)
     losses.total.backward()
