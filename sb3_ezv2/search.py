@@ -25,6 +25,9 @@ from sb3_ezv2.multi_discrete import MultiDiscreteCandidates, category_sizes
 MIN_Q_RANGE = 0.01
 """Least range of the q's when they are normalised, in units of the reward scale (EfficientZero Eq. 10)."""
 
+TREE_THREADS = 1
+"""What lies between two steps of the model takes less time on one thread than on two beside the model's own (docs/performance.md)."""
+
 NATIVE_MAX_ROOTS = 64
 """Up to so many roots are searched with the model in C++, if there is one for the model."""
 
@@ -355,7 +358,7 @@ class GumbelSearch:
                     c_visit=settings.c_visit,
                     c_scale=settings.c_scale,
                     min_q_range=min_q_range,
-                    num_threads=th.get_num_threads(),
+                    num_threads=TREE_THREADS,
                 ),
                 min_q_range=min_q_range,
                 states=_empty_pool(state, nodes),
