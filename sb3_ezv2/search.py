@@ -26,7 +26,7 @@ MIN_Q_RANGE = 0.01
 """Least range of the q's when they are normalised, in units of the reward scale (EfficientZero Eq. 10)."""
 
 TREE_THREADS = 1
-"""What lies between two steps of the model takes less time on one thread than on two beside the model's own (docs/performance.md)."""
+"""Beside a model on two threads, what lies between its steps takes less time on one (docs/performance.md)."""
 
 NATIVE_MAX_ROOTS = 64
 """Up to so many roots are searched with the model in C++, if there is one for the model."""
