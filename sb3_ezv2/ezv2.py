@@ -127,7 +127,7 @@ class EZV2(ResumableAlgorithm):
         env: GymEnv | str,
         learning_rate: float | Schedule = 3e-4,
         buffer_size: int = 100_000,
-        learning_starts: int = 500,
+        learning_starts: int = 1_000,
         batch_size: int = 256,
         gamma: float = 0.99,
         train_freq: int | tuple[int, str] = 1,
