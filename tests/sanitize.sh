@@ -15,4 +15,4 @@ libraries="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so
 # The interpreter itself never frees all of its memory
 LD_PRELOAD="$libraries" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH="$copy" OMP_NUM_THREADS=1 \
 	"$PY" -m pytest -q -p no:cacheprovider -m "not slow" \
-	--deselect tests/test_tree.py::test_storage_is_what_was_promised tests/test_tree.py tests/test_driver.py tests/test_inference.py "$@"
+	--deselect tests/test_tree.py::test_storage_is_what_was_promised tests/test_tree.py tests/test_driver.py tests/test_noise.py tests/test_inference.py "$@"
