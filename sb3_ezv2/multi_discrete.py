@@ -31,6 +31,11 @@ def category_sizes(space: spaces.Space) -> tuple[int, ...]:
     return ()
 
 
+def are_sampled(sizes: tuple[int, ...], n_candidates: int) -> bool:
+    """:return: whether a root's candidates are a sample of the actions, because there are more than ``n_candidates``"""
+    return math.prod(sizes) > n_candidates
+
+
 def first_category(space: spaces.Space) -> np.ndarray | int:
     """:return: what the environment calls category 0: int64 [D] of ``MultiDiscrete``, its ``start``; otherwise 0"""
     return space.start.astype(np.int64) if isinstance(space, spaces.MultiDiscrete) else 0

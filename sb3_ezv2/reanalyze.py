@@ -11,7 +11,7 @@ import torch as th
 from gymnasium import spaces
 
 from sb3_ezv2.losses import Targets
-from sb3_ezv2.multi_discrete import category_sizes
+from sb3_ezv2.multi_discrete import are_sampled, category_sizes
 from sb3_ezv2.networks import BaseNetwork
 from sb3_ezv2.observations import apply
 from sb3_ezv2.replay_buffer import Batch, SequenceReplayBuffer
@@ -134,7 +134,7 @@ def learns_best_action(policy_target: str, action_space: spaces.Space, n_sampled
     if policy_target != "auto":
         return policy_target == "best_action"
     if sizes := category_sizes(action_space):
-        return len(sizes) > 1 and math.prod(sizes) > n_sampled_actions
+        return len(sizes) > 1 and are_sampled(sizes, n_sampled_actions)
     return isinstance(action_space, spaces.Box) and math.prod(action_space.shape) > 1
 
 

@@ -9,7 +9,6 @@ expand (:class:`sb3_ezv2.ctree.Tree`), the model makes one step from all of them
 from __future__ import annotations
 
 import hashlib
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from sb3_ezv2.ctree import Driver, Tree, fill_normal
 from sb3_ezv2.distributions import MAX_ACTION, SquashedGaussian
 from sb3_ezv2.inference import NativeModel, SearchModel, TracedModel
-from sb3_ezv2.multi_discrete import MultiDiscreteCandidates, category_sizes
+from sb3_ezv2.multi_discrete import MultiDiscreteCandidates, are_sampled, category_sizes
 
 MIN_Q_RANGE = 0.01
 """Least range of the q's when they are normalised, in units of the reward scale (EfficientZero Eq. 10)."""
@@ -64,7 +63,7 @@ def default_c_scale(action_space: spaces.Space, n_sampled_actions: int) -> float
         that sigma alone weights them; 0.3 where the priors are the policy's own, which sigma improves refresh by refresh
     """
     if sizes := category_sizes(action_space):
-        return 0.1 if math.prod(sizes) > n_sampled_actions else 0.3
+        return 0.1 if are_sampled(sizes, n_sampled_actions) else 0.3
     return 0.3 if isinstance(action_space, spaces.Discrete) else 0.1
 
 
