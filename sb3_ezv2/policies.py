@@ -25,8 +25,12 @@ from sb3_ezv2.validation import check_images, check_integer, check_observation, 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-DEFAULT_SUPPORT = SupportSpec(22025.0, 101, "symexp")
-"""symlog +-10 in bins of 0.2, in units of the reward scale."""
+DEFAULT_VALUE_SUPPORT = SupportSpec(18_000.0, 301, "h")
+"""Bins at about the integers of h from -150 to 150, in units of the reward scale. A search compares values that differ by
+little: with the inverse of the mean bin they are less disturbed by the logits' errors than with the mean of symexp bins."""
+
+DEFAULT_REWARD_SUPPORT = SupportSpec(22025.0, 101, "symexp")
+"""symlog +-10 in bins of 0.2, in units of the reward scale: random rewards are learned without bias."""
 
 PREFIX_WINDOW = 5
 """Steps after which the value prefix begins anew (EfficientZero Table 6)."""
@@ -389,8 +393,8 @@ class MlpPolicy(Ezv2Policy):
         n_blocks: int = 3,
         action_embedding_dim: int = 64,
         projection_dim: int = 512,
-        value_support: SupportSpec = DEFAULT_SUPPORT,
-        reward_support: SupportSpec = DEFAULT_SUPPORT,
+        value_support: SupportSpec = DEFAULT_VALUE_SUPPORT,
+        reward_support: SupportSpec = DEFAULT_REWARD_SUPPORT,
         reward_scale: float | str = "auto",
         value_prefix: bool = False,
         lstm_dim: int = 512,
@@ -509,8 +513,8 @@ class CnnPolicy(Ezv2Policy):
         head_channels: int = 16,
         action_embedding_dim: int = 16,
         projection_dim: int = 512,
-        value_support: SupportSpec = DEFAULT_SUPPORT,
-        reward_support: SupportSpec = DEFAULT_SUPPORT,
+        value_support: SupportSpec = DEFAULT_VALUE_SUPPORT,
+        reward_support: SupportSpec = DEFAULT_REWARD_SUPPORT,
         reward_scale: float | str = "auto",
         value_prefix: bool = False,
         lstm_dim: int = 512,

@@ -29,7 +29,8 @@ SPECS = [
     SupportSpec(299.0, 51, "h"),  # the paper's values
     SupportSpec(2.0, 51, "h"),  # the paper's rewards
     SupportSpec(3e5, 601, "h"),
-    SupportSpec(22025.0, 101, "symexp"),  # the default
+    SupportSpec(18_000.0, 301, "h"),  # the default of values
+    SupportSpec(22025.0, 101, "symexp"),  # the default of rewards
     SupportSpec(1.0, 3, "symexp"),
 ]
 LARGE_SPECS = [SPECS[0], SPECS[2], SPECS[3]]
