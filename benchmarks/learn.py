@@ -41,6 +41,8 @@ from benchmarks.envs import make_vec_env
 from benchmarks.plots import COLUMNS, Row, draw, read_rows, summary
 from benchmarks.provenance import commit, machine
 from benchmarks.settings import SMALL
+from benchmarks.zoo_settings import NAMES, Defaults, Noise, describe
+from benchmarks.zoo_settings import read as read_zoo
 from sb3_ezv2.checkpoint import random_states, set_random_states
 
 #: Where each algorithm is found. All but the first are baselines to compare with.
@@ -80,6 +82,8 @@ class Run:
     :param policy: SB3's policy alias
     :param params: keyword arguments of the algorithm's constructor
     :param texts: how they were written, where that tells more than the value's own text (a schedule, a class)
+    :param zoo: RL Zoo's file and entry that settings come from, of a baseline also the version whose defaults hold for what is
+        not named there; empty: none
     :param n_envs: training environments
     :param action_repeat: how often each action is applied
     :param env_kwargs: keyword arguments of the environment
@@ -101,6 +105,7 @@ class Run:
     policy: str = "MlpPolicy"
     params: dict[str, Any] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    zoo: str = ""
     n_envs: int = 1
     action_repeat: int = 1
     env_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -124,6 +129,7 @@ class Run:
         """What, with task, algorithm and seed, decides the result. Two runs that differ here are not the same run."""
         parts: dict[str, Any] = {"steps": self.steps, "policy": self.policy, "n_envs": self.n_envs}
         parts.update(action_repeat=self.action_repeat, **({"env_kwargs": self.env_kwargs} if self.env_kwargs else {}))
+        parts.update({"zoo": self.zoo} if self.zoo else {})
         return " ".join(f"{key}={value}" for key, value in {**parts, **self.params, **self.texts}.items())
 
 
@@ -323,7 +329,10 @@ def _found(run: Run) -> tuple[list[Row], Path | None, dict[str, Any] | None]:
 def _build(run: Run, env: DummyVecEnv) -> BaseAlgorithm:
     """A new agent."""
     cls = algorithm(run.algo)
-    return cls(run.policy, env, seed=run.seed, device=run.device, **run.params)  # type: ignore[call-arg]
+    params: dict[str, Any] = dict(run.params)
+    if isinstance(noise := params.get("action_noise"), Noise):
+        params["action_noise"] = noise.make(env.action_space)
+    return cls(run.policy, env, seed=run.seed, device=run.device, **params)  # type: ignore[call-arg]
 
 
 def _load(run: Run, env: DummyVecEnv, folder: Path, state: dict[str, Any]) -> BaseAlgorithm:
@@ -385,34 +394,49 @@ def train(run: Run, stop: _Stop | None = None, resume: bool = True) -> bool:
     return True
 
 
-def keyword_arguments(pairs: Sequence[str] | None) -> dict[str, Any]:
+def keyword_arguments(pairs: Sequence[str] | None, base: dict[str, Any] | None = None) -> dict[str, Any]:
     """
     Keyword arguments from the command line, written as RL Zoo does.
 
-    :param pairs: ``name:value`` each, the value a Python expression
+    :param pairs: ``name:value`` each, the value a Python expression; ``name.key:value`` sets a key of a dictionary and leaves
+        its others as they are
+    :param base: what they are added to; it stays as it is
+    :raises ValueError: a pair that is not of this form
     """
-    result = {}
+    result = dict(base or {})
     for pair in pairs or ():
-        name, colon, value = pair.partition(":")
-        if not colon or not name.isidentifier():
+        path, colon, value = pair.partition(":")
+        name, dot, key = path.partition(".")
+        if not colon or not name.isidentifier() or (dot and not key.isidentifier()):
             raise ValueError(f"'{pair}' is not of the form name:value, for example batch_size:64.")
         try:
-            result[name] = eval(value, {"th": th, "nn": th.nn, "np": np})  # the user's own command line
+            evaluated = eval(value, dict(NAMES))  # the user's own command line
         except Exception as error:
             raise ValueError(
-                f"The value of '{pair}' is no Python expression ({error}); write text as {name}:\"'text'\"."
+                f"The value of '{pair}' is no Python expression ({error}); write text as {path}:\"'text'\"."
             ) from error
+        if not dot:
+            result[name] = evaluated
+        elif isinstance(result.get(name) or {}, dict):
+            result[name] = {**(result.get(name) or {}), key: evaluated}
+        else:
+            raise ValueError(f"'{pair}' sets a key of {name}, which is no dictionary but {result[name]!r}.")
     return result
 
 
-def _check_params(algo: str, params: dict[str, Any]) -> None:
-    """Refuse parameters that the algorithm does not have, before anything is built."""
+def _known_params(algo: str) -> list[str]:
+    """Names of the keyword arguments of an algorithm's constructor that are no options of their own here."""
     elsewhere = ("policy", "env", "seed", "device", "_init_setup_model")
     parameters = inspect.signature(algorithm(algo)).parameters
-    known = [name for name, p in parameters.items() if name not in elsewhere and p.kind is not p.VAR_KEYWORD]
-    for name in params:
-        if name not in known:
-            raise ValueError(f"{algo} takes no parameter '{name}' here; it has {', '.join(known)}.")
+    return [name for name, p in parameters.items() if name not in elsewhere and p.kind is not p.VAR_KEYWORD]
+
+
+def _texts(pairs: Sequence[str] | None, params: dict[str, Any]) -> dict[str, str]:
+    """How the parameters of the command line stand in the results: as they were written, if that is the whole of a value."""
+    paths = [(pair.partition(":")[0], pair.partition(":")[2]) for pair in pairs or ()]
+    texts = {path: value for path, value in paths if "." not in path}
+    names = [path.partition(".")[0] for path, _ in paths if "." in path]
+    return {**texts, **{name: describe(params[name]) for name in names}}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -420,7 +444,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.learn", description="Train agents and measure how fast they learn.", allow_abbrev=False
     )
     parser.add_argument("--env", required=True, help="environment id, such as CartPole-v1 or dm_control/cartpole-swingup-v0")
-    parser.add_argument("--steps", type=int, required=True, help="environment steps to train")
+    parser.add_argument("--steps", type=int, help="environment steps to train (needed without --zoo)")
     parser.add_argument("--algo", default="ezv2", choices=list(ALGORITHMS), help="the algorithm (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run each, in turn")
     parser.add_argument("--eval-every", type=int, default=1000, help="steps between evaluations (default: %(default)s)")
@@ -428,11 +452,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--episodes", type=int, default=10, help="episodes per evaluation, run at once (default: %(default)s)")
     parser.add_argument("--out", required=True, help="folder of the results")
     parser.add_argument("--label", help="name of this variant in files, tables and pictures (default: the algorithm)")
-    parser.add_argument("--policy", default="MlpPolicy", help="SB3's policy alias (default: %(default)s)")
-    parser.add_argument("--small", action="store_true", help="the small networks and batches of benchmarks/settings.py")
+    parser.add_argument("--policy", help="SB3's policy alias (default: MlpPolicy)")
+    base = parser.add_mutually_exclusive_group()
+    base.add_argument("--small", action="store_true", help="the small networks and batches of benchmarks/settings.py")
+    base.add_argument("--zoo", action="store_true", help="RL Zoo's settings of the task, --steps included")
     parser.add_argument("--params", nargs="+", metavar="NAME:VALUE", help="the algorithm's parameters, as Python expressions")
-    parser.add_argument("--n-envs", type=int, default=1, help="training environments (default: %(default)s)")
-    parser.add_argument("--action-repeat", type=int, default=1, help="how often each action is applied (default: %(default)s)")
+    parser.add_argument("--n-envs", type=int, help="training environments (default: 1)")
+    parser.add_argument("--action-repeat", type=int, help="how often each action is applied (default: 1)")
     parser.add_argument("--env-kwargs", nargs="+", metavar="NAME:VALUE", help="the environment's parameters")
     parser.add_argument("--record", nargs="+", default=[], metavar="NAME", help="logged values to put into the rows")
     parser.add_argument("--device", default="auto", help="where the networks live (default: %(default)s)")
@@ -457,25 +483,36 @@ def _runs(options: argparse.Namespace) -> list[Run]:
         raise ValueError(f"--eval-start must be at least 0, not {options.eval_start}.")
     if options.small and options.algo != "ezv2":
         raise ValueError("--small holds settings of ezv2 alone.")
-    params = {**(SMALL if options.small else {}), **keyword_arguments(options.params)}
-    _check_params(options.algo, params)
+    known = _known_params(options.algo)
+    base = read_zoo(options.algo, options.env, known) if options.zoo else Defaults(params=SMALL if options.small else {})
+    steps = base.steps if options.steps is None else options.steps
+    if steps is None:
+        raise ValueError("--steps is needed, or --zoo, whose entries have a number of steps.")
+    params = keyword_arguments(options.params, base.params)
+    for name in params:
+        if name not in known:
+            raise ValueError(f"{options.algo} takes no parameter '{name}' here; it has {', '.join(known)}.")
+    zoo, package = base.source, ALGORITHMS[options.algo][0]
+    if zoo and options.algo != "ezv2":
+        zoo += f" {package}={importlib.import_module(package).__version__}"
     return [
         Run(
             task=options.env,
             algo=options.algo,
             seed=seed,
-            steps=options.steps,
+            steps=steps,
             eval_every=options.eval_every,
             eval_start=options.eval_every if options.eval_start is None else options.eval_start,
             episodes=options.episodes,
             out=Path(options.out),
             label=options.label or options.algo,
-            policy=options.policy,
+            policy=options.policy or base.policy,
             params=params,
-            texts={pair.partition(":")[0]: pair.partition(":")[2] for pair in options.params or ()},
-            n_envs=options.n_envs,
-            action_repeat=options.action_repeat,
-            env_kwargs=keyword_arguments(options.env_kwargs),
+            texts={**base.texts, **_texts(options.params, params)},
+            zoo=zoo,
+            n_envs=options.n_envs or base.n_envs,
+            action_repeat=options.action_repeat or base.action_repeat,
+            env_kwargs=keyword_arguments(options.env_kwargs, base.env_kwargs),
             device=options.device,
             save_every=options.save_every,
             record=tuple(options.record),
@@ -510,7 +547,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.resume:
                 _found(run)
         # Unknown tasks and impossible settings shall fail here with a sentence, not in a run with a traceback.
-        env = make_vec_env(options.env, options.n_envs, options.action_repeat, runs[0].env_kwargs)
+        env = make_vec_env(runs[0].task, runs[0].n_envs, runs[0].action_repeat, runs[0].env_kwargs)
         _build(runs[0], env)
         env.close()
     except (ValueError, TypeError, AssertionError, ImportError, gym.error.Error) as error:

@@ -76,7 +76,7 @@ def read_jobs(path: Path) -> list[Job]:
             continue
         try:
             runs = parse(words)
-        except (ValueError, SystemExit) as error:
+        except (ValueError, ImportError, SystemExit) as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         for run in runs:
             # argparse takes the last of two --seeds

@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--params", nargs="*", help="settings beyond the small ones, as in benchmarks.learn")
     options = parser.parse_args()
     th.set_num_threads(options.threads)
-    settings = {**SMALL, **keyword_arguments(options.params)}
+    settings = keyword_arguments(options.params, SMALL)
     model = EZV2("MlpPolicy", make_vec_env(options.env, 1), seed=options.seed, device="cpu", **settings)
     model.learn(options.steps)
     print(f"{options.env}, {options.steps} steps, seed {options.seed}, {settings}; {machine()}; {commit()}")
