@@ -7,7 +7,7 @@ Learning curves and summary tables from the CSV files of :mod:`benchmarks.learn`
 import argparse
 import csv
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,14 @@ def _seeds(rows: Iterable[Row]) -> dict[int, list[Row]]:
     return {seed: sorted(group, key=lambda row: row["step"]) for seed, group in sorted(_grouped(rows, "seed").items())}
 
 
-def draw(rows: Sequence[Row], picture: str | Path, by: str = "label", x: str = "step", threshold: float | None = None) -> None:
+def draw(
+    rows: Sequence[Row],
+    picture: str | Path,
+    by: str = "label",
+    x: str = "step",
+    threshold: float | None = None,
+    references: Mapping[str, Mapping[str, float]] | None = None,
+) -> None:
     """
     Draw learning curves: one panel per task, one colour per group, thin lines for the seeds, a thick one for their
     mean and a band from their minimum to their maximum.
@@ -86,11 +93,12 @@ def draw(rows: Sequence[Row], picture: str | Path, by: str = "label", x: str = "
     :param by: the column whose values are compared
     :param x: ``"step"`` or ``"train_seconds"``
     :param threshold: if given, a horizontal line
+    :param references: by task: known returns with their names, dashed horizontal lines with a place in the legend
     """
     if not rows:
         raise ValueError("There are no evaluations to draw.")
     tasks = _grouped(rows, "task")
-    columns = min(3, len(tasks))
+    columns = 2 if len(tasks) == 4 else min(3, len(tasks))
     lines = -(-len(tasks) // columns)
     # A Figure by itself, without pyplot: pictures go to files, a display need not exist.
     figure = Figure(figsize=(5.6 * columns, 3.8 * lines), layout="constrained")
@@ -124,6 +132,8 @@ def draw(rows: Sequence[Row], picture: str | Path, by: str = "label", x: str = "
                 axis.fill_between(xs, means.min(axis=0), means.max(axis=0), color=colours[name], alpha=0.15, linewidth=0)
         if threshold is not None:
             axis.axhline(threshold, color="grey", linewidth=0.8, linestyle="--")
+        for (name, value), grey in zip((references or {}).get(task, {}).items(), ("black", "dimgrey", "darkgrey", "silver")):
+            axis.axhline(value, color=grey, linewidth=1.2, linestyle="--", label=name)
         axis.set_title(task)
         axis.set_xlabel("environment steps" if x == "step" else "seconds of training")
         axis.set_ylabel(f"mean return of {', '.join(str(n) for n in _grouped(of_task, 'episodes'))} episodes")
