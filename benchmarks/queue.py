@@ -6,7 +6,8 @@ Work through a list of runs of ``benchmarks.learn``.
 Each line of the file is a command line of ``benchmarks.learn`` without its first words, in the order of what it
 teaches; empty lines and those that begin with ``#`` are skipped. Every seed of a line is a run of its own. Runs that
 are finished are skipped, those that were stopped, by the time limit, by Ctrl-C or by a crash of the machine, go on
-where they were. ``--list`` only says how far each is. What the runs print goes to ``<out>/<name>.log``.
+where they were. A line's own ``--threads`` and ``--save-every`` have precedence over the queue's. ``--list`` only says
+how far each is. What the runs print goes to ``<out>/<name>.log``.
 """
 
 import argparse
@@ -51,12 +52,13 @@ class Job:
     def start(self, seconds: float, threads: int, save_every: float) -> "subprocess.Popen[bytes]":
         """
         :param seconds: until it shall save itself and end
-        :param threads: of torch
-        :param save_every: seconds between checkpoints
+        :param threads: of torch, unless the line says another number
+        :param save_every: seconds between checkpoints, unless the line says other ones
         :return: the process
         """
-        command = [sys.executable, "-m", "benchmarks.learn", *self.arguments, "--threads", str(threads)]
-        command += ["--time-limit", str(seconds), "--save-every", str(save_every)]
+        command = [sys.executable, "-m", "benchmarks.learn", "--threads", str(threads), "--save-every", str(save_every)]
+        # argparse takes the last of two: what the line says has precedence, but for the end of all runs
+        command += [*self.arguments, "--time-limit", str(seconds)]
         self.run.out.mkdir(parents=True, exist_ok=True)
         with (self.run.out / f"{self.run.name}.log").open("ab") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}

@@ -1,5 +1,6 @@
 """The queue of benchmark runs: what is unfinished is run, and goes on where it stopped."""
 
+import inspect
 import subprocess
 import sys
 import time
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import learn, queue
+from benchmarks import learn, paper, queue
 from benchmarks.plots import read_rows
+from sb3_ezv2 import EZV2
 
 PARAMS = (
     "learning_starts:16 batch_size:4 n_simulations:2 n_sampled_actions:2 unroll_steps:2 buffer_size:500 "
@@ -21,8 +23,49 @@ def line(out: Path, seeds: str, steps: int = 40) -> str:
 
 
 def test_the_committed_list_can_be_read() -> None:
+    pytest.importorskip("rl_zoo3")
     jobs = queue.read_jobs(Path(queue.__file__).with_suffix(".txt"))
     assert len(jobs) > 5 and jobs[0].run.task == "CartPole-v1" and [job.run.seed for job in jobs[:3]] == [0, 1, 2]
+    runs = [job.run for job in jobs]
+    # One folder holds one variant of one task, so that its picture and its table need no explanation
+    assert len({(run.out, run.task, run.label) for run in runs}) == len({run.out for run in runs})
+
+    papers = {run.task: run for run in runs if run.out.parent.name == "paper" and run.seed == 0}
+    assert len(papers) == 8
+    for task, run in papers.items():
+        assert run.zoo == f"ezv2.yml:{task}" and run.action_repeat == 2 and run.eval_every == 2500 and run.save_every == 1200
+        assert paper.score("proprio", task) is not None
+        baselines = [other for other in runs if other.task == task and other.algo != "ezv2"]
+        assert sorted(other.algo for other in baselines) == ["crossq", "sac", "tqc"]
+        for other in baselines:
+            assert (other.steps, other.action_repeat, other.params) == (run.steps, 2, {})
+
+    ablations = {run.out.name: run for run in runs if run.out.parent.name == "ablations" and run.seed == 0}
+    for task in ("swingup", "pendulum"):
+        base = ablations[f"{task}-base"]
+        others = [run for name, run in ablations.items() if name.startswith(task) and run is not base]
+        assert len(others) == 8 and len({run.settings for run in others}) == 8
+        for run in others:
+            changed = {name: value for name, value in run.params.items() if base.params.get(name) != value}
+            assert changed and set(changed) <= inspect.signature(EZV2).parameters.keys()
+            assert any(inspect.signature(EZV2).parameters[name].default != value for name, value in changed.items())
+            assert (run.steps, run.task, run.eval_every, run.episodes) == (
+                base.steps,
+                base.task,
+                base.eval_every,
+                base.episodes,
+            )
+
+
+def test_a_line_has_precedence_over_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(queue.subprocess, "Popen", lambda command, **kwargs: commands.append(command))
+    for own in ("", " --threads 3 --save-every 5"):
+        file = tmp_path / "queue.txt"
+        file.write_text(f"--env A-v1 --steps 9 --out {tmp_path}{own} --time-limit 7\n")
+        queue.read_jobs(file)[0].start(60.0, 1, 600.0)
+    parsed = [learn._parser().parse_args(command[3:]) for command in commands]
+    assert [(options.threads, options.save_every, options.time_limit) for options in parsed] == [(1, 600, 60), (3, 5, 60)]
 
 
 def test_runs_are_finished_in_order_and_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
