@@ -6,16 +6,16 @@ from typing import NamedTuple
 
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 
-TD_STEPS_AGE_FRACTION = 0.01
+TD_STEPS_AGE_FRACTION = 0.005
 """``td_steps_age`` of None, as a share of the planned steps."""
 
-MIXED_VALUE_START_FRACTION = 0.1
+MIXED_VALUE_START_FRACTION = 0.04
 """``mixed_value_start`` of None, as a share of the planned updates."""
 
-FRESH_TRANSITIONS_FRACTION = 0.2
-"""``fresh_transitions`` of None, as a share of the planned steps: the paper's 20,000 of 100,000."""
+FRESH_TRANSITIONS_FRACTION = 0.1
+"""``fresh_transitions`` of None, as a share of the planned steps; the paper's 20,000 of 100,000 would be twice that."""
 
-TARGET_UPDATE_FRACTION, LONGEST_TARGET_UPDATE_INTERVAL = 0.02, 400
+TARGET_UPDATE_FRACTION, LONGEST_TARGET_UPDATE_INTERVAL = 0.006, 400
 """``target_update_interval`` of None, as a share of the planned updates, and its upper limit, the paper's."""
 
 
