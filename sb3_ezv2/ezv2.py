@@ -61,7 +61,7 @@ class EZV2(ResumableAlgorithm):
     :param td_steps: length of a fresh transition's value window
     :param td_steps_min: length of an old transition's value window; the paper has 5 and 5
     :param td_steps_age: the window is one step shorter for each so many transitions collected since
-        (EfficientZero Eq. 12). None: 0.5% of the planned steps
+        (EfficientZero Eq. 12). None: 0.5% of the planned steps, at least 20
     :param n_simulations: simulations of a search
     :param n_sampled_actions: Box, MultiDiscrete and MultiBinary: candidate actions at the root. Discrete: actions that enter
         sequential halving
@@ -74,8 +74,10 @@ class EZV2(ResumableAlgorithm):
     :param c_scale: of sigma, Eq. 19; the paper has 0.1. None: 0.3 where the policy's logits are the priors of the root's
         actions (Discrete), 0.1 where candidates are drawn from it (Box)
     :param value_target: ``"mixed"`` (Eq. 16), or its parts alone: ``"td"`` (n-step) or ``"search"`` (search-based values)
-    :param mixed_value_start: updates before search-based values are used (T1 of Eq. 16); None: 4% of the planned ones
-    :param fresh_transitions: newest transitions that keep n-step values (T2 of Eq. 16); None: 10% of the planned steps
+    :param mixed_value_start: updates before search-based values are used (T1 of Eq. 16); None: 4% of the planned ones, at
+        least 300
+    :param fresh_transitions: newest transitions that keep n-step values (T2 of Eq. 16); None: 10% of the planned
+        steps, at least 500
     :param acting_update_interval: updates between two refreshes of the network that collects data
     :param target_update_interval: updates between two refreshes of the network that reanalyzes; None: 0.6% of the planned
         ones, 400 at most

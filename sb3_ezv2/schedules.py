@@ -6,14 +6,16 @@ from typing import NamedTuple
 
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 
-TD_STEPS_AGE_FRACTION = 0.005
-"""``td_steps_age`` of None, as a share of the planned steps."""
+TD_STEPS_AGE_FRACTION, SHORTEST_TD_STEPS_AGE = 0.005, 20
+"""``td_steps_age`` of None, as a share of the planned steps, and its lower limit."""
 
-MIXED_VALUE_START_FRACTION = 0.04
-"""``mixed_value_start`` of None, as a share of the planned updates."""
+MIXED_VALUE_START_FRACTION, EARLIEST_MIXED_VALUE_START = 0.04, 300
+"""``mixed_value_start`` of None, as a share of the planned updates, and its lower limit: values of a network that has hardly
+learned yet would be learned from themselves."""
 
-FRESH_TRANSITIONS_FRACTION = 0.1
-"""``fresh_transitions`` of None, as a share of the planned steps; the paper's 20,000 of 100,000 would be twice that."""
+FRESH_TRANSITIONS_FRACTION, FEWEST_FRESH_TRANSITIONS = 0.1, 500
+"""``fresh_transitions`` of None, as a share of the planned steps, and its lower limit; the paper's 20,000 of 100,000 would be twice
+that share."""
 
 TARGET_UPDATE_FRACTION, LONGEST_TARGET_UPDATE_INTERVAL = 0.006, 400
 """``target_update_interval`` of None, as a share of the planned updates, and its upper limit, the paper's."""
@@ -49,14 +51,14 @@ def plan_run(
     :return: the settings as given, those that are None as shares of the run
     """
 
-    def share(setting: int | None, fraction: float, planned: float) -> int:
-        return max(1, round(fraction * planned)) if setting is None else setting
+    def share(setting: int | None, fraction: float, planned: float, least: int = 1) -> int:
+        return max(least, round(fraction * planned)) if setting is None else setting
 
     longest = LONGEST_TARGET_UPDATE_INTERVAL / TARGET_UPDATE_FRACTION
     return RunPlan(
-        share(td_steps_age, TD_STEPS_AGE_FRACTION, steps),
-        share(mixed_value_start, MIXED_VALUE_START_FRACTION, updates),
-        share(fresh_transitions, FRESH_TRANSITIONS_FRACTION, steps),
+        share(td_steps_age, TD_STEPS_AGE_FRACTION, steps, SHORTEST_TD_STEPS_AGE),
+        share(mixed_value_start, MIXED_VALUE_START_FRACTION, updates, EARLIEST_MIXED_VALUE_START),
+        share(fresh_transitions, FRESH_TRANSITIONS_FRACTION, steps, FEWEST_FRESH_TRANSITIONS),
         share(target_update_interval, TARGET_UPDATE_FRACTION, min(updates, longest)),
     )
 
