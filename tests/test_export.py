@@ -33,8 +33,9 @@ def agent(action_space: spaces.Space, observation_space: spaces.Space = BOX, noi
     """An agent with weights and statistics as after some training."""
     images = observation_space is not BOX and isinstance(observation_space, (spaces.Box, spaces.Dict))
     policy = ("MultiInputPolicy" if isinstance(observation_space, spaces.Dict) else "CnnPolicy") if images else "MlpPolicy"
-    more = {"policy_kwargs": TINY_IMAGES} if images else {}
-    model = EZV2(policy, SpacesEnv(observation_space, action_space), seed=0, **{**TINY, **more, **settings})
+    # The value head's size decides which random weights the others get: with these, actions differ between observations
+    sizes = {**(TINY_IMAGES if images else TINY["policy_kwargs"]), "value_support": (22025.0, 101, "symexp")}
+    model = EZV2(policy, SpacesEnv(observation_space, action_space), seed=0, **{**TINY, "policy_kwargs": sizes, **settings})
     generator = th.Generator().manual_seed(1)
     with th.no_grad():
         for parameter in model.policy.network.parameters():
