@@ -61,7 +61,7 @@ class SearchCache:
         digest: Callable[[], bytes] = bytes,
     ):
         size = len(buffer.stamps)
-        self.digest = digest
+        self.digest: Callable[[], bytes] | None = digest  # None: unpickled, and of no agent yet
         self.made_by = b""
         self.nbytes = self.estimate_nbytes(size, num_candidates, action_dim, action_dtype)
         check_memory(self.nbytes, size, "search cache", "or give reanalyze_cache=False")
@@ -76,8 +76,8 @@ class SearchCache:
 
     def __getstate__(self) -> dict[str, Any]:
         """Rows of slots that were never written to are not saved."""
-        state = {**self.__dict__, "made_by": self.digest()}
-        del state["digest"]
+        made_by = self.made_by if self.digest is None else self.digest()
+        state = {**self.__dict__, "made_by": made_by, "digest": None}
         return {**state, **{name: self.buffer.written_rows(state[name]) for name in self._arrays()}}
 
     def attach(self, buffer: SequenceReplayBuffer) -> None:
