@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pathlib
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,12 +18,12 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
 from stable_baselines3.common.utils import update_learning_rate
 
+from sb3_ezv2.ahead import next_batch, preparing_next
 from sb3_ezv2.frames import frames_per_observation
 from sb3_ezv2.losses import compute_losses
-from sb3_ezv2.observations import apply
 from sb3_ezv2.policies import PREFIX_WINDOW, CnnPolicy, Ezv2Policy, MlpPolicy, MultiInputPolicy, policy_for
 from sb3_ezv2.reanalyze import Reanalyzer, learns_best_action
-from sb3_ezv2.replay_buffer import RUNNING, SequenceReplayBuffer
+from sb3_ezv2.replay_buffer import SequenceReplayBuffer
 from sb3_ezv2.resumable import OpenRollout, ResumableAlgorithm
 from sb3_ezv2.schedules import LONGEST_TARGET_UPDATE_INTERVAL, learning_rate_factor, plan_run, planned_updates
 from sb3_ezv2.search import SearchSettings, default_c_scale
@@ -84,6 +85,9 @@ class EZV2(ResumableAlgorithm):
     :param reanalyze_cache: search each stored state once per refresh of the target network instead of each time it is drawn
     :param cache_refresh_fraction: share of the states found in that cache that are searched again at each update; 0: each is
         searched once per refresh
+    :param reanalyze_ahead: draw and search the batch of the next update while an update runs, without that one's priorities
+    :param reanalyze_thread: do so in a thread, on CUDA on a stream of its own, which changes no result. None: on CUDA;
+        False: in turn
     :param priority_alpha: exponent of the priorities
     :param priority_beta: exponent of the importance weights
     :param reward_coef: weight of the reward loss (lambda_1 of Eq. 3)
@@ -153,6 +157,8 @@ class EZV2(ResumableAlgorithm):
         target_update_interval: int | None = None,
         reanalyze_cache: bool = True,
         cache_refresh_fraction: float = 0.0,
+        reanalyze_ahead: bool = False,
+        reanalyze_thread: bool | None = None,
         priority_alpha: float = 1.0,
         priority_beta: float = 1.0,
         reward_coef: float = 1.0,
@@ -218,6 +224,8 @@ class EZV2(ResumableAlgorithm):
         self.target_update_interval = target_update_interval
         self.reanalyze_cache = reanalyze_cache
         self.cache_refresh_fraction = cache_refresh_fraction
+        self.reanalyze_ahead = reanalyze_ahead
+        self.reanalyze_thread = reanalyze_thread
         self.priority_alpha = priority_alpha
         self.priority_beta = priority_beta
         self.reward_coef = reward_coef
@@ -501,7 +509,10 @@ class EZV2(ResumableAlgorithm):
         if self.num_timesteps >= self._total_timesteps:
             gradient_steps += self.final_gradient_steps
         if self._n_updates == 0 and self.policy.reward_scale == "auto":
-            self._set_reward_scale()
+            # The unit of the supports, see there
+            scale = self.replay_buffer.reward_scale(self._vec_normalize_env)
+            for network in self.policy.networks():
+                network.set_reward_scale(scale if scale > 0 else 1.0)
         self._set_fresh_priorities()
         if self.replay_buffer.num_sampleable == 0:
             return  # the very first transition, whose next observation is still to come
@@ -512,17 +523,6 @@ class EZV2(ResumableAlgorithm):
             self._update(batch_size)
         self.policy.set_training_mode(False)
 
-    def _set_reward_scale(self) -> None:
-        """The root mean square of the rewards so far becomes the unit of the supports: see ``reward_scale``."""
-        assert self.replay_buffer is not None
-        buffer = self.replay_buffer
-        rewards = buffer.rewards[(buffer.stamps >= 0) & (buffer.kinds == RUNNING)].astype(np.float64)
-        if self._vec_normalize_env is not None:
-            rewards = self._vec_normalize_env.normalize_reward(rewards)
-        scale = float(np.sqrt(np.mean(rewards**2)))
-        for network in self.policy.networks():
-            network.set_reward_scale(scale if scale > 0 else 1.0)
-
     def _set_fresh_priorities(self) -> None:
         """Fresh transitions enter with their value error under the present model (App. A)."""
         assert self.replay_buffer is not None and self._reanalyzer is not None
@@ -530,77 +530,77 @@ class EZV2(ResumableAlgorithm):
         self.policy.set_training_mode(False)
         for start in range(0, len(fresh), 1024):
             slots = fresh[start : start + 1024]
-            batch = self.replay_buffer.sequences(slots, env=self._vec_normalize_env, unroll_steps=0)
-            with th.no_grad():
-                values = self.policy.network.values(apply(lambda x: x[:, 0], batch.observations))
-            errors = (values - self._reanalyzer.td_values(batch)[:, 0]).abs()
-            self._update_priorities(slots, errors.cpu().numpy())
+            self._update_priorities(slots, self._reanalyzer.value_errors(slots, self.policy.network, self._vec_normalize_env))
 
-    def _update_priorities(self, slots: np.ndarray, errors: np.ndarray) -> None:
+    def _update_priorities(self, slots: np.ndarray, errors: np.ndarray, stamps: np.ndarray | None = None) -> None:
         assert self.replay_buffer is not None
         try:
-            self.replay_buffer.update_priorities(slots, errors)
+            self.replay_buffer.update_priorities(slots, errors, stamps)
         except ValueError as error:
             raise ValueError(f"update {self._n_updates + 1} at step {self.num_timesteps}: {error}") from None
 
     def _update(self, batch_size: int) -> None:
-        assert self.replay_buffer is not None and self._reanalyzer is not None and self._generators is not None
-        policy, network = self.policy, self.policy.network
-        learning_rate = self.lr_schedule(self._current_progress_remaining) * learning_rate_factor(
-            self._n_updates, self._warmup_updates, self.lr_decay_updates, self.lr_decay_factor
-        )
-        update_learning_rate(policy.optimizer, learning_rate)
-
-        batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
-        targets, stats = self._reanalyzer.targets(batch, self._n_updates, self._generators["reanalyze"])
-        network.update_statistics(batch.observations, batch.observed)
-        batch = batch._replace(observations=policy.augment(batch.observations, self._generators["augmentation"]))
-        losses = compute_losses(
-            network,
-            batch,
-            targets,
-            self._generators["losses"],
-            reward_coef=self.reward_coef,
-            policy_coef=self.policy_coef,
-            vf_coef=self.vf_coef,
-            consistency_coef=self.consistency_coef,
-            ent_coef=self.ent_coef,
-            bfloat16=policy.trains_in_bfloat16,
-        )
-        policy.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        grad_norm = th.nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm)
-        value_errors, fault = losses.read(grad_norm)
-        if fault is not None:
-            raise ValueError(
-                f"update {self._n_updates + 1} at step {self.num_timesteps}: the {fault} is NaN or infinite. The weights are "
-                "those before this update; a lower learning_rate or max_grad_norm, or rewards of a smaller range, may help."
+        assert self._reanalyzer is not None and self._generators is not None
+        reanalyzer, env, rng = self._reanalyzer, self._vec_normalize_env, self._generators["reanalyze"]
+        batch, stamps, searches = next_batch(reanalyzer, batch_size, env)
+        targets, stats = reanalyzer.targets(batch, self._n_updates, rng, searches)
+        refreshes = (self._n_updates + 1) % self._target_update_interval == 0
+        ahead = self.reanalyze_ahead and not refreshes
+        with preparing_next(reanalyzer, batch_size, env, rng, self.reanalyze_thread) if ahead else nullcontext():
+            policy, network = self.policy, self.policy.network
+            learning_rate = self.lr_schedule(self._current_progress_remaining) * learning_rate_factor(
+                self._n_updates, self._warmup_updates, self.lr_decay_updates, self.lr_decay_factor
             )
-        policy.optimizer.step()
-        self._update_priorities(batch.slots[:, 0], value_errors)
+            update_learning_rate(policy.optimizer, learning_rate)
+            network.update_statistics(batch.observations, batch.observed)
+            batch = batch._replace(observations=policy.augment(batch.observations, self._generators["augmentation"]))
+            losses = compute_losses(
+                network,
+                batch,
+                targets,
+                self._generators["losses"],
+                reward_coef=self.reward_coef,
+                policy_coef=self.policy_coef,
+                vf_coef=self.vf_coef,
+                consistency_coef=self.consistency_coef,
+                ent_coef=self.ent_coef,
+                bfloat16=policy.trains_in_bfloat16,
+            )
+            policy.optimizer.zero_grad(set_to_none=True)
+            losses.total.backward()
+            grad_norm = th.nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm)
+            value_errors, fault = losses.read(grad_norm)
+            if fault is not None:
+                raise ValueError(
+                    f"update {self._n_updates + 1} at step {self.num_timesteps}: the {fault} is NaN or infinite. The weights "
+                    "are those before this update; a lower learning_rate or max_grad_norm, or rewards of a smaller range, may "
+                    "help."
+                )
+            policy.optimizer.step()
+            self._update_priorities(batch.slots[:, 0], value_errors, stamps)
 
-        self._n_updates += 1
-        if self.tau < 1.0:
-            policy.follow(self.tau)
-        if self._n_updates % self.acting_update_interval == 0:
-            policy.acting_network.load_state_dict(network.state_dict())
-        if self._n_updates % self._target_update_interval == 0:
-            policy.target_network.load_state_dict(network.state_dict())
-            self._reanalyzer.target_refreshed()
-        self._count(
-            {
-                "train/loss": losses.total.detach(),
-                "train/reward_loss": losses.reward,
-                "train/policy_loss": losses.policy,
-                "train/value_loss": losses.value,
-                "train/consistency_loss": losses.consistency,
-                "train/policy_entropy": losses.entropy.detach(),
-                "train/value_error": losses.value_error.mean(),
-                "train/grad_norm": grad_norm,
-                "train/learning_rate": th.tensor(learning_rate),
-                **stats,
-            }
-        )
+            self._n_updates += 1
+            if self.tau < 1.0:
+                policy.follow(self.tau)
+            if self._n_updates % self.acting_update_interval == 0:
+                policy.acting_network.load_state_dict(network.state_dict())
+            if refreshes:
+                policy.target_network.load_state_dict(network.state_dict())
+                reanalyzer.target_refreshed()
+            self._count(
+                {
+                    "train/loss": losses.total.detach(),
+                    "train/reward_loss": losses.reward,
+                    "train/policy_loss": losses.policy,
+                    "train/value_loss": losses.value,
+                    "train/consistency_loss": losses.consistency,
+                    "train/policy_entropy": losses.entropy.detach(),
+                    "train/value_error": losses.value_error.mean(),
+                    "train/grad_norm": grad_norm,
+                    "train/learning_rate": th.tensor(learning_rate),
+                    **stats,
+                }
+            )
 
     # ------------------------------------------------------------------ logging
 

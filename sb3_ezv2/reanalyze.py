@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ezv2.losses import Targets
 from sb3_ezv2.multi_discrete import are_sampled, category_sizes
@@ -31,6 +32,20 @@ class _Roots(NamedTuple):
     value: th.Tensor
     policy: th.Tensor
     candidates: th.Tensor | None
+
+
+class Searches(NamedTuple):
+    """
+    The searches of a batch of B sequences with U unroll steps.
+
+    :param rows: numpy int64 [n], the states that were searched, of all B * (U + 1)
+    :param roots: of these
+    :param stats: scalars to log
+    """
+
+    rows: np.ndarray
+    roots: _Roots
+    stats: dict[str, th.Tensor]
 
 
 class SearchCache:
@@ -61,7 +76,7 @@ class SearchCache:
         digest: Callable[[], bytes] = bytes,
     ):
         size = len(buffer.stamps)
-        self.digest = digest
+        self.digest: Callable[[], bytes] | None = digest  # None: unpickled, and of no agent yet
         self.made_by = b""
         self.nbytes = self.estimate_nbytes(size, num_candidates, action_dim, action_dtype)
         check_memory(self.nbytes, size, "search cache", "or give reanalyze_cache=False")
@@ -76,8 +91,8 @@ class SearchCache:
 
     def __getstate__(self) -> dict[str, Any]:
         """Rows of slots that were never written to are not saved."""
-        state = {**self.__dict__, "made_by": self.digest()}
-        del state["digest"]
+        made_by = self.made_by if self.digest is None else self.digest()
+        state = {**self.__dict__, "made_by": made_by, "digest": None}
         return {**state, **{name: self.buffer.written_rows(state[name]) for name in self._arrays()}}
 
     def attach(self, buffer: SequenceReplayBuffer) -> None:
@@ -180,17 +195,23 @@ class Reanalyzer:
             dtype = np.int64 if search.model.category_sizes else np.float32
             width = len(search.model.category_sizes) or search.model.action_dim
             known = buffer.cache
-            if known is None or known.made_by != self._digest():
-                known = SearchCache(buffer, num_candidates, None if self.discrete else width, dtype, self._digest)
+            if known is None or known.made_by != self.digest():
+                known = SearchCache(buffer, num_candidates, None if self.discrete else width, dtype, self.digest)
             self.cache = buffer.cache = known
-            self.cache.digest, self.cache.made_by = self._digest, b""
+            self.cache.digest, self.cache.made_by = self.digest, b""
+        if (prepared := buffer.prepared) is not None:
+            if prepared.made_by == self.digest():
+                prepared.digest, prepared.made_by = self.digest, b""
+            else:
+                buffer.prepared = None
 
-    def _digest(self) -> bytes:
-        """:return: of all that the remembered searches depend on"""
+    def digest(self) -> bytes:
+        """:return: of all that searches depend on but their observations and noise: they are this agent's if it is the same"""
         return self.search.digest() + bytes([self.best_action])
 
     def target_refreshed(self) -> None:
         """The target network has new weights: every search so far is stale."""
+        self.buffer.prepared = None
         if self.cache is not None:
             self.cache.version += 1
 
@@ -205,18 +226,30 @@ class Reanalyzer:
             self.cache.put(slots, self._roots(result))
 
     @th.no_grad()
-    def targets(self, batch: Batch, n_updates: int, rng: np.random.Generator) -> tuple[Targets, dict[str, th.Tensor]]:
+    def searches(self, batch: Batch, rng: np.random.Generator) -> Searches:
+        """
+        :param batch: B sequences of U steps
+        :param rng: of the searches' noise
+        :return: the searches of all its states that have a policy target
+        """
+        rows = np.flatnonzero(batch.policy_mask.cpu().numpy())
+        return Searches(rows, *self._search(batch, rows, rng))
+
+    @th.no_grad()
+    def targets(
+        self, batch: Batch, n_updates: int, rng: np.random.Generator, searches: Searches | None = None
+    ) -> tuple[Targets, dict[str, th.Tensor]]:
         """
         :param batch: B sequences of U steps
         :param n_updates: updates so far
         :param rng: of the searches' noise
+        :param searches: of the batch; None: they are made here
         :return: the targets, and scalars to log
         """
         values, value_mask = self.td_values(batch), batch.value_mask
-        mask = batch.policy_mask  # [B, U + 1] the states to search
-        rows = np.flatnonzero(mask.cpu().numpy())  # [n] the same, of [B * (U + 1)]
-        roots, stats = self._search(batch, rows, rng)
-        index = th.from_numpy(rows).to(mask.device)
+        mask = batch.policy_mask  # [B, U + 1] the searched states
+        rows, roots, of_searches = self.searches(batch, rng) if searches is None else searches
+        index, stats = th.from_numpy(rows).to(mask.device), dict(of_searches)
 
         def spread(x: th.Tensor) -> th.Tensor:
             """[n, ...] of the searched states to [B, U + 1, ...], 0 elsewhere."""
@@ -249,6 +282,18 @@ class Reanalyzer:
         """:return: [B, U + 1], n-step values: the first case of Eq. 16"""
         ends = self.bootstrap.values(apply(lambda x: x.flatten(0, 1), batch.bootstrap_observations))
         return batch.returns + batch.bootstrap_discounts * ends.unflatten(0, batch.returns.shape)
+
+    @th.no_grad()
+    def value_errors(self, slots: np.ndarray, network: BaseNetwork, env: VecNormalize | None = None) -> np.ndarray:
+        """
+        :param slots: int64 [n], of transitions
+        :param network: the online model, in evaluation mode
+        :param env: normalises observations and rewards, if given
+        :return: float32 [n], absolute differences of its values and the n-step values
+        """
+        batch = self.buffer.sequences(slots, env=env, unroll_steps=0)
+        values = network.values(apply(lambda x: x[:, 0], batch.observations))
+        return (values - self.td_values(batch)[:, 0]).abs().cpu().numpy()
 
     def _roots(self, result: SearchResult) -> _Roots:
         if not self.best_action:

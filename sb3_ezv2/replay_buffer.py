@@ -87,6 +87,9 @@ class SequenceReplayBuffer(ReplayBuffer):
     :raises ValueError: too few slots for one window, images that are no stacks
     """
 
+    prepared: Any = None
+    """The batch of the next update, if it was made ahead (sb3_ezv2.ahead.PreparedBatch). It is saved with the buffer."""
+
     def __init__(
         self,
         buffer_size: int,
@@ -193,6 +196,11 @@ class SequenceReplayBuffer(ReplayBuffer):
         filled = self.stamps >= 0
         return int(np.count_nonzero(filled & (self.kinds == RUNNING)))
 
+    def reward_scale(self, env: VecNormalize | None = None) -> float:
+        """:param env: normalises the rewards, if given :return: root mean square of the rewards that are stored"""
+        rewards = self.rewards[(self.stamps >= 0) & (self.kinds == RUNNING)].astype(np.float64)
+        return float(np.sqrt(np.mean((rewards if env is None else env.normalize_reward(rewards)) ** 2)))
+
     @property
     def num_sampleable(self) -> int:
         """Number of transitions that can start a sequence."""
@@ -204,6 +212,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         self.weights.fill(0)
         self.waiting[:] = self.written
         self._fresh = []
+        self.prepared = None
 
     def _write(self, envs: np.ndarray, observations: Any) -> np.ndarray:
         slots = envs * self.ring + self.written[envs] % self.ring
@@ -300,12 +309,17 @@ class SequenceReplayBuffer(ReplayBuffer):
             self.episode[env] += self.n_envs
             self._release(env, int(self.written[env]))
 
-    def update_priorities(self, slots: np.ndarray, errors: np.ndarray) -> None:
+    def update_priorities(self, slots: np.ndarray, errors: np.ndarray, stamps: np.ndarray | None = None) -> None:
         """
         :param slots: int64 [n]
         :param errors: [n], absolute value errors in the units of the rewards
+        :param stamps: int64 [n], those that the slots had when they were drawn. What has been overwritten since, or cannot be
+            sampled any more, is left out; None: nothing is
         :raises ValueError: an error is NaN or infinite
         """
+        if stamps is not None:
+            there = (self.stamps[slots] == stamps) & (self.weights[slots] > 0)
+            slots, errors = slots[there], errors[there]
         if not np.isfinite(errors).all():
             env = int(slots[~np.isfinite(errors)][0]) // self.ring
             raise ValueError(f"the priority (absolute value error) of a transition of environment {env} is NaN or infinite")
@@ -316,6 +330,16 @@ class SequenceReplayBuffer(ReplayBuffer):
         :param batch_size: B
         :param env: normalises observations and rewards, if given
         :return: a batch drawn with probabilities proportional to priority ** alpha
+        :raises ValueError: nothing can be sampled yet
+        """
+        return self.sequences(*self.draw(batch_size), env)
+
+    def draw(self, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """
+        The random part of :meth:`sample`.
+
+        :param batch_size: B
+        :return: int64 [B], the slots of the sequences' starts; float64 [B], their importance weights
         :raises ValueError: nothing can be sampled yet
         """
         filled = min(int(self.written.max()), self.ring)
@@ -330,7 +354,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         probabilities = weights[picks] / total
         importance = (np.count_nonzero(weights) * probabilities) ** -self.beta
         importance = np.clip(importance / importance.max(), 0.1, 1.0)
-        return self.sequences(picks // filled * self.ring + picks % filled, importance, env)
+        return picks // filled * self.ring + picks % filled, importance
 
     def horizons(self, ages: np.ndarray) -> np.ndarray:
         """

@@ -288,8 +288,21 @@ def check_settings(settings: dict[str, Any]) -> None:
         _check_number("learning_rate", settings["learning_rate"], 0, math.inf)
     _check_choice("value_target", settings["value_target"], ("mixed", "td", "search"))
     _check_choice("policy_target", settings["policy_target"], ("auto", "candidates", "best_action"))
-    if not isinstance(settings["reanalyze_cache"], bool):
-        raise ValueError(f"reanalyze_cache must be True or False, not {settings['reanalyze_cache']!r}.")
+    _check_reanalysis(settings)
+
+
+def _check_reanalysis(settings: dict[str, Any]) -> None:
+    """:raises ValueError: see :func:`check_settings`"""
+    for name in ("reanalyze_cache", "reanalyze_ahead"):
+        if not isinstance(settings[name], bool):
+            raise ValueError(f"{name} must be True or False, not {settings[name]!r}.")
+    thread = settings["reanalyze_thread"]
+    if thread is not None and not isinstance(thread, bool):
+        raise ValueError(f"reanalyze_thread must be True, False or None, not {thread!r}.")
+    if thread and not settings["reanalyze_ahead"]:
+        raise ValueError(
+            "reanalyze_thread is for the batches that reanalyze_ahead makes: set that to True, or leave this out."
+        )
     if settings["cache_refresh_fraction"] > 0 and not settings["reanalyze_cache"]:
         raise ValueError(
             "cache_refresh_fraction is of the searches that reanalyze_cache remembers: set that to True, or this to 0."

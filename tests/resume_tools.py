@@ -73,6 +73,11 @@ CASES: dict[str, tuple[Callable[[], VecEnv], dict[str, Any]]] = {
         dict(mixed_value_start=20, fresh_transitions=30),
     ),
     "episodes": (lambda: make_vec_env("CartPole-v1", 1, seed=3), dict(train_freq=(1, "episode"), gradient_steps=10)),
+    "ahead": (
+        lambda: VecNormalize(make_vec_env("Pendulum-v1", 2, seed=3, env_kwargs=SHORT)),
+        # a batch is prepared at every stop once there are updates
+        dict(gradient_steps=-1, target_update_interval=19, reanalyze_ahead=True, reanalyze_thread=True),
+    ),
     "replayed": (lambda: make_vec_env(Stubborn, 2, seed=3, wrapper_class=Resumable), {}),
 }
 
@@ -143,6 +148,9 @@ def digest(model: EZV2) -> dict[str, Any]:
     parts.update({f"replay/{name}": of(getattr(buffer, name)) for name in names})
     parts.update({f"observations/{key}": of(array) for key, array in buffer.store.arrays.items()})
     parts["cache"] = of(*[getattr(cache, name) for name in cache._arrays()])
+    if (ahead := buffer.prepared) is not None:
+        tensors = [ahead.batch.observations, ahead.batch.actions, ahead.batch.returns, *ahead.searches.roots]
+        parts["prepared"] = of(ahead.batch.slots, ahead.stamps, ahead.searches.rows, *[x for x in tensors if x is not None])
     parts["generators"] = repr([{k: g.bit_generator.state for k, g in (model._generators or {}).items()}])
     parts["replay generator"] = repr(buffer.rng.bit_generator.state)
     parts["global"] = of(np.random.rand(3), th.rand(3))

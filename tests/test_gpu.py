@@ -7,6 +7,8 @@ Skipped where there is no CUDA device; by name: ``pytest -m gpu``.
 from __future__ import annotations
 
 import copy
+import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from gymnasium import spaces
 from test_losses import BOX, DISCRETE, losses_of, make_data, make_network
 
 from sb3_ezv2 import EZV2
+from sb3_ezv2.reanalyze import Reanalyzer
 from sb3_ezv2.search import GumbelSearch, SearchSettings
 
 pytestmark = [
@@ -25,6 +28,7 @@ pytestmark = [
 ]
 KINDS = pytest.mark.parametrize("space", [DISCRETE, BOX], ids=["discrete", "box"])
 IMAGE = spaces.Box(0, 255, (3, 24, 24), np.uint8)
+SIZES: dict[str, Any] = dict(channels=8, n_downsamples=3, head_channels=2, projection_dim=8, net_arch=[8])
 
 
 def to_gpu(fields: Any) -> Any:
@@ -113,7 +117,7 @@ def test_one_read_per_update_between_the_losses_and_the_step() -> None:
 
 @pytest.mark.parametrize("train_dtype", ["float32", "bfloat16"])
 def test_images_train_and_memory_does_not_grow(train_dtype: str) -> None:
-    sizes = dict(channels=8, n_downsamples=3, head_channels=2, projection_dim=8, net_arch=[8], train_dtype=train_dtype)
+    sizes = dict(**SIZES, train_dtype=train_dtype)
     model = run(SpacesEnv(IMAGE, spaces.Discrete(3)), "CnnPolicy", policy_kwargs=sizes)
     th.cuda.synchronize()
     before = th.cuda.memory_allocated()
@@ -124,3 +128,42 @@ def test_images_train_and_memory_does_not_grow(train_dtype: str) -> None:
     assert th.cuda.memory_allocated() <= 1.05 * before + 2**20
     assert th.cuda.max_memory_allocated() <= 1.05 * first + 2**20
     assert all(bool(th.isfinite(p).all()) for p in model.policy.parameters())
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(reanalyze_cache=False), dict(tau=1.0, gradient_steps=3)], ids=str)
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "images"])
+def test_batches_made_ahead_on_a_stream_of_their_own_are_the_same(
+    env_id: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those made in turn on the current stream, over refreshes of the target network."""
+    searches, made = Reanalyzer.searches, []
+
+    def spy(self: Reanalyzer, *args: Any) -> Any:
+        made.append((threading.current_thread() is threading.main_thread(), th.cuda.current_stream()))
+        return searches(self, *args)
+
+    monkeypatch.setattr(Reanalyzer, "searches", spy)
+    runs = []
+    for thread in (False, None):
+        made.clear()
+        ahead = dict(reanalyze_ahead=True, reanalyze_thread=thread, **settings)
+        if env_id == "images":
+            model = run(SpacesEnv(IMAGE, spaces.Discrete(3)), "CnnPolicy", policy_kwargs=SIZES, **ahead)
+        else:
+            model = run(env_id, **ahead)
+        of_thread = {stream for main, stream in made if not main}
+        assert len(of_thread) == (thread is None) and th.cuda.current_stream() not in of_thread
+        runs.append(weights(model))
+    assert th.equal(*runs)
+
+
+def test_a_batch_made_ahead_is_saved(tmp_path: Path) -> None:
+    """On the CPU, and it goes on where the agent does."""
+    model = EZV2("MlpPolicy", "CartPole-v1", **{"seed": 0, **TINY, "device": "cuda"}, reanalyze_ahead=True).learn(50)
+    model.save_checkpoint(tmp_path / "agent")
+    loaded = EZV2.load_checkpoint(tmp_path / "agent", env="CartPole-v1", device="cuda")
+    one, two = (x.replay_buffer.prepared for x in (model, loaded))  # type: ignore[union-attr]
+    assert one.batch.actions.is_cuda and not two.batch.actions.is_cuda
+    for agent in (model, loaded):
+        agent.learn(20, reset_num_timesteps=False)
+    assert th.equal(weights(model), weights(loaded))

@@ -245,6 +245,18 @@ def test_searches_of_another_network_are_not_taken_over(tmp_path: Path) -> None:
     assert other._reanalyzer is not None and other._reanalyzer.cache is not saved
 
 
+def test_what_was_loaded_can_be_saved_again_at_once(tmp_path: Path) -> None:
+    """Before any learn() the remembered searches belong to no agent yet; what made them is not forgotten by that."""
+    model = make().learn(50)
+    model.save_checkpoint(tmp_path / "first")
+    EZV2.load_checkpoint(tmp_path / "first", env="CartPole-v1").save_checkpoint(tmp_path / "second")
+    loaded = EZV2.load_checkpoint(tmp_path / "second", env="CartPole-v1")
+    assert loaded.replay_buffer is not None
+    saved = loaded.replay_buffer.cache
+    loaded.learn(1, reset_num_timesteps=False)
+    assert loaded._reanalyzer is not None and loaded._reanalyzer.cache is saved
+
+
 def test_environment_that_cannot_give_up_its_state(tmp_path: Path) -> None:
     model = make(make_vec_env(Stubborn, 2, seed=1)).learn(50)
     with pytest.warns(UserWarning, match=r"environment 0 \(resume_tools.Stubborn: .*TextIOWrapper.*Resumable"):
