@@ -61,7 +61,7 @@ def test_the_defaults_are_the_papers_networks() -> None:
     network = model.policy.network
     assert isinstance(network, ImageNetwork) and network.state_shape == (64, 6, 6)
     assert network.project(th.zeros(2, 64, 6, 6)).shape == (2, 1024)
-    assert [m.out_features for m in network.value_head.mlp if isinstance(m, th.nn.Linear)] == [32, 101]
+    assert [m.out_features for m in network.value_head.mlp if isinstance(m, th.nn.Linear)] == [32, 301]
     assert isinstance(model.policy, CnnPolicy) and (model.policy.random_shift, model.policy.random_intensity) == (4, 0.05)
 
 
@@ -103,7 +103,7 @@ def test_same_seed_same_run() -> None:
 
 @pytest.mark.parametrize("space", [CHANNELS_LAST, MIXED], ids=["image", "dict"])
 def test_predict_takes_images_with_channels_last_or_first(space: spaces.Space) -> None:
-    model = make(space).learn(30)
+    model = make(space).learn(60)
     last = [space.sample() for _ in range(6)]
     if isinstance(space, spaces.Dict):
         batch: Any = {key: np.stack([obs[key] for obs in last]) for key in last[0]}
