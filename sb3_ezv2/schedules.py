@@ -14,8 +14,8 @@ MIXED_VALUE_START_FRACTION, EARLIEST_MIXED_VALUE_START = 0.04, 300
 learned yet would be learned from themselves."""
 
 FRESH_TRANSITIONS_FRACTION, FEWEST_FRESH_TRANSITIONS = 0.1, 500
-"""``fresh_transitions`` of None, as a share of the planned steps, and its lower limit; the paper's 20,000 of 100,000 would be twice
-that share."""
+"""``fresh_transitions`` of None, as a share of the planned steps, and its lower limit; the paper's 20,000 of 100,000
+are twice that share."""
 
 TARGET_UPDATE_FRACTION, LONGEST_TARGET_UPDATE_INTERVAL = 0.006, 400
 """``target_update_interval`` of None, as a share of the planned updates, and its upper limit, the paper's."""
