@@ -17,8 +17,9 @@ FRESH_TRANSITIONS_FRACTION, FEWEST_FRESH_TRANSITIONS = 0.1, 500
 """``fresh_transitions`` of None, as a share of the planned steps, and its lower limit; the paper's 20,000 of 100,000
 are twice that share."""
 
-TARGET_UPDATE_FRACTION, LONGEST_TARGET_UPDATE_INTERVAL = 0.006, 400
-"""``target_update_interval`` of None, as a share of the planned updates, and its upper limit, the paper's."""
+TARGET_UPDATE_FRACTION, SHORTEST_TARGET_UPDATE_INTERVAL, LONGEST_TARGET_UPDATE_INTERVAL = 0.006, 48, 400
+"""``target_update_interval`` of None, as a share of the planned updates, its lower limit, below which states would be searched anew
+for little, and its upper one, the paper's."""
 
 
 class RunPlan(NamedTuple):
@@ -59,7 +60,7 @@ def plan_run(
         share(td_steps_age, TD_STEPS_AGE_FRACTION, steps, SHORTEST_TD_STEPS_AGE),
         share(mixed_value_start, MIXED_VALUE_START_FRACTION, updates, EARLIEST_MIXED_VALUE_START),
         share(fresh_transitions, FRESH_TRANSITIONS_FRACTION, steps, FEWEST_FRESH_TRANSITIONS),
-        share(target_update_interval, TARGET_UPDATE_FRACTION, min(updates, longest)),
+        share(target_update_interval, TARGET_UPDATE_FRACTION, min(updates, longest), SHORTEST_TARGET_UPDATE_INTERVAL),
     )
 
 

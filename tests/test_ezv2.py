@@ -223,8 +223,8 @@ def test_what_follows_the_length_of_the_run() -> None:
         targets = reanalyzer.mixed_value_start, reanalyzer.fresh_transitions
         return buffer.td_steps_age, *targets, model._target_update_interval
 
-    assert plan(2_040) == (20, 300, 500, 12)  # 40 steps without updates
-    assert plan(2_040, gradient_steps=2) == (20, 300, 500, 24)
+    assert plan(2_040) == (20, 300, 500, 48)  # 40 steps without updates
+    assert plan(2_040, gradient_steps=2) == (20, 300, 500, 48)
     assert plan(100_040) == (500, 4_000, 10_004, 400)
     settings = dict(td_steps_age=7, mixed_value_start=0, fresh_transitions=0, target_update_interval=700)
     assert plan(2_040, **settings) == (7, 0, 0, 700)
