@@ -29,6 +29,13 @@ class SupportSpec(NamedTuple):
     transform: str
 
 
+DEFAULT_VALUE_SUPPORT = SupportSpec(18_000.0, 301, "h")
+"""Bins at about the integers of h from -150 to 150, in units of the reward scale."""
+
+DEFAULT_REWARD_SUPPORT = SupportSpec(22025.0, 101, "symexp")
+"""symlog +-10 in bins of 0.2, in units of the reward scale: random rewards are learned without bias."""
+
+
 def symlog(x: th.Tensor) -> th.Tensor:
     """sign(x) log(|x| + 1), of any shape."""
     return th.sign(x) * th.log1p(th.abs(x))

@@ -14,7 +14,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_ezv2.augmentation import augment
-from sb3_ezv2.distributions import SquashedGaussian, SupportSpec
+from sb3_ezv2.distributions import DEFAULT_REWARD_SUPPORT, DEFAULT_VALUE_SUPPORT, SquashedGaussian, SupportSpec
 from sb3_ezv2.image_networks import ImageNetwork
 from sb3_ezv2.inference import bfloat16_is_fast
 from sb3_ezv2.multi_discrete import MultiCategorical, first_category
@@ -24,13 +24,6 @@ from sb3_ezv2.validation import check_images, check_integer, check_observation, 
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-DEFAULT_VALUE_SUPPORT = SupportSpec(18_000.0, 301, "h")
-"""Bins at about the integers of h from -150 to 150, in units of the reward scale. A search compares values that differ by
-little: with the inverse of the mean bin they are less disturbed by the logits' errors than with the mean of symexp bins."""
-
-DEFAULT_REWARD_SUPPORT = SupportSpec(22025.0, 101, "symexp")
-"""symlog +-10 in bins of 0.2, in units of the reward scale: random rewards are learned without bias."""
 
 PREFIX_WINDOW = 5
 """Steps after which the value prefix begins anew (EfficientZero Table 6)."""
