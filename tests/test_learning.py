@@ -70,9 +70,9 @@ SEARCH = dict(value_target="search", target_update_interval=10)
 @pytest.mark.parametrize(
     "continuous, steps, bar, settings",
     [
-        (False, 1200, 0.75, {}),
-        (True, 1200, 0.75, {}),
-        (True, 1200, 0.75, dict(reanalyze_cache=False)),
+        (False, 1200, 0.9, {}),
+        (True, 1200, 0.9, {}),
+        (True, 1200, 0.9, dict(reanalyze_cache=False)),
         (False, 1500, 0.5, SEARCH),
         (True, 1500, 0.5, SEARCH),
     ],
