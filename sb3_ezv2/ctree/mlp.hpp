@@ -16,25 +16,32 @@
 
 namespace ezv2 {
 
-constexpr int kLanes = 16;           // of a vector
-constexpr int kTile = 4 * kLanes;    // outputs of a packed tile
-constexpr int kRows = 4;             // rows that share a pass over the weights
+constexpr int kLanes = 16;  // partial sums of a layer norm
+constexpr int kTile = 64;   // outputs of a packed tile
+constexpr int kRows = 4;    // rows that share a pass over the weights
 
+// Lanes floats. A type that is wider than the instruction set's registers would live in memory: each has its own.
 #if defined(__GNUC__)
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
-#else
-struct Vector {
-    float x[kLanes];
+template <int Lanes>
+struct VectorOf {
+    typedef float type __attribute__((vector_size(Lanes * sizeof(float)), aligned(4), may_alias));
 };
-inline Vector operator*(const Vector& a, float b) {
-    Vector out;
-    for (int i = 0; i < kLanes; ++i) out.x[i] = a.x[i] * b;
-    return out;
-}
-inline Vector& operator+=(Vector& a, const Vector& b) {
-    for (int i = 0; i < kLanes; ++i) a.x[i] += b.x[i];
-    return a;
-}
+#else
+template <int Lanes>
+struct VectorOf {
+    struct type {
+        float x[Lanes];
+        type operator*(float b) const {
+            type out;
+            for (int i = 0; i < Lanes; ++i) out.x[i] = x[i] * b;
+            return out;
+        }
+        type& operator+=(const type& b) {
+            for (int i = 0; i < Lanes; ++i) x[i] += b.x[i];
+            return *this;
+        }
+    };
+};
 #endif
 
 inline int padded(int width) { return (width + kTile - 1) / kTile * kTile; }
@@ -90,31 +97,33 @@ struct Support {
     bool inverse_h = false;
 };
 
-// x: [rows, x_stride], y: [rows, y_stride] of padded widths.
-template <int Rows, int Vectors>
+// x: [rows, x_stride], y: [rows, y_stride] of padded widths. Rows * Vectors sums are kept at once: as many as hide the latency
+// of an addition and leave registers for the weights.
+template <int Lanes, int Rows, int Vectors>
 EZV2_INLINE void linear_rows(const Linear& layer, const float* x, int x_stride, float* y, int y_stride, bool relu) {
+    using Vector = typename VectorOf<Lanes>::type;
     const int tiles = padded(layer.out) / kTile;
     for (int tile = 0; tile < tiles; ++tile) {
-        for (int part = 0; part < kTile / kLanes; part += Vectors) {
-            const int column = tile * kTile + part * kLanes;
+        for (int part = 0; part < kTile / Lanes; part += Vectors) {
+            const int column = tile * kTile + part * Lanes;
             if (column >= layer.out) break;
             Vector sum[Rows][Vectors];
             for (int v = 0; v < Vectors; ++v) {
                 Vector b;
-                std::memcpy(&b, &layer.bias[column + v * kLanes], sizeof b);
+                std::memcpy(&b, &layer.bias[column + v * Lanes], sizeof b);
                 for (int r = 0; r < Rows; ++r) sum[r][v] = b;
             }
-            const float* w = &layer.weight[size_t(tile) * layer.in * kTile + part * kLanes];
+            const float* w = &layer.weight[size_t(tile) * layer.in * kTile + part * Lanes];
             for (int i = 0; i < layer.in; ++i, w += kTile) {
                 for (int v = 0; v < Vectors; ++v) {
                     Vector weight;
-                    std::memcpy(&weight, w + v * kLanes, sizeof weight);
+                    std::memcpy(&weight, w + v * Lanes, sizeof weight);
                     for (int r = 0; r < Rows; ++r) sum[r][v] += weight * x[r * x_stride + i];
                 }
             }
             for (int r = 0; r < Rows; ++r) {
                 for (int v = 0; v < Vectors; ++v) {
-                    std::memcpy(y + r * y_stride + column + v * kLanes, &sum[r][v], sizeof(Vector));
+                    std::memcpy(y + r * y_stride + column + v * Lanes, &sum[r][v], sizeof(Vector));
                 }
             }
         }
@@ -126,30 +135,34 @@ EZV2_INLINE void linear_rows(const Linear& layer, const float* x, int x_stride, 
     }
 }
 
-template <int Vectors>
-EZV2_INLINE void linear_any(const Linear& layer, int rows, const float* x, int x_stride, float* y, int y_stride, bool relu) {
-    switch (rows) {
-        case 4: return linear_rows<4, Vectors>(layer, x, x_stride, y, y_stride, relu);
-        case 3: return linear_rows<3, Vectors>(layer, x, x_stride, y, y_stride, relu);
-        case 2: return linear_rows<2, Vectors>(layer, x, x_stride, y, y_stride, relu);
-        default: return linear_rows<1, Vectors>(layer, x, x_stride, y, y_stride, relu);
-    }
-}
-
 using LinearFunction = void (*)(const Linear&, int, const float*, int, float*, int, bool);
 
-// As many vectors at once as there are registers for.
-inline void linear_plain(const Linear& layer, int rows, const float* x, int x_stride, float* y, int y_stride, bool relu) {
-    linear_any<1>(layer, rows, x, x_stride, y, y_stride, relu);
+inline void linear_plain(const Linear& layer, int rows, const float* x, int xs, float* y, int ys, bool relu) {
+    switch (rows) {
+        case 4: return linear_rows<4, 4, 2>(layer, x, xs, y, ys, relu);
+        case 3: return linear_rows<4, 3, 2>(layer, x, xs, y, ys, relu);
+        case 2: return linear_rows<4, 2, 4>(layer, x, xs, y, ys, relu);
+        default: return linear_rows<4, 1, 8>(layer, x, xs, y, ys, relu);
+    }
 }
 
 #if EZV2_X86
 EZV2_AVX2 inline void linear_avx2(const Linear& layer, int rows, const float* x, int xs, float* y, int ys, bool relu) {
-    linear_any<1>(layer, rows, x, xs, y, ys, relu);
+    switch (rows) {
+        case 4: return linear_rows<8, 4, 2>(layer, x, xs, y, ys, relu);
+        case 3: return linear_rows<8, 3, 2>(layer, x, xs, y, ys, relu);
+        case 2: return linear_rows<8, 2, 4>(layer, x, xs, y, ys, relu);
+        default: return linear_rows<8, 1, 8>(layer, x, xs, y, ys, relu);
+    }
 }
 
 EZV2_AVX512 inline void linear_avx512(const Linear& layer, int rows, const float* x, int xs, float* y, int ys, bool relu) {
-    linear_any<4>(layer, rows, x, xs, y, ys, relu);
+    switch (rows) {
+        case 4: return linear_rows<16, 4, 4>(layer, x, xs, y, ys, relu);
+        case 3: return linear_rows<16, 3, 4>(layer, x, xs, y, ys, relu);
+        case 2: return linear_rows<16, 2, 4>(layer, x, xs, y, ys, relu);
+        default: return linear_rows<16, 1, 4>(layer, x, xs, y, ys, relu);
+    }
 }
 #endif
 
