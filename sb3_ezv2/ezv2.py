@@ -44,7 +44,7 @@ class EZV2(ResumableAlgorithm):
     Paper: https://arxiv.org/abs/2403.00564
 
     The defaults are those of the paper's Table 3 for state inputs, except for the discount, the value targets and
-    their networks, the supports, the replay's size and start, and the search cache: see the documentation.
+    their networks, the supports, the replay's size, start and priorities, and the search cache: see the documentation.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -88,7 +88,7 @@ class EZV2(ResumableAlgorithm):
     :param reanalyze_ahead: draw and search the batch of the next update while an update runs, without that one's priorities
     :param reanalyze_thread: do so in a thread, on CUDA on a stream of its own, which changes no result. None: on CUDA;
         False: in turn
-    :param priority_alpha: exponent of the priorities
+    :param priority_alpha: exponent of the priorities (0: uniform); the paper has 1
     :param priority_beta: exponent of the importance weights
     :param reward_coef: weight of the reward loss (lambda_1 of Eq. 3)
     :param policy_coef: weight of the policy loss (lambda_2)
@@ -133,7 +133,7 @@ class EZV2(ResumableAlgorithm):
         env: GymEnv | str,
         learning_rate: float | Schedule = 3e-4,
         buffer_size: int = 100_000,
-        learning_starts: int = 1_000,
+        learning_starts: int = 500,
         batch_size: int = 256,
         gamma: float = 0.99,
         train_freq: int | tuple[int, str] = 1,
@@ -159,7 +159,7 @@ class EZV2(ResumableAlgorithm):
         cache_refresh_fraction: float = 0.0,
         reanalyze_ahead: bool = False,
         reanalyze_thread: bool | None = None,
-        priority_alpha: float = 1.0,
+        priority_alpha: float = 0.5,
         priority_beta: float = 1.0,
         reward_coef: float = 1.0,
         policy_coef: float = 1.0,
