@@ -207,8 +207,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_finished_tables_of_the_documentation_are_what_the_results_say(tmp_path: Path) -> None:
     if not report.RESULTS.exists():
         pytest.skip("the results are not in a source distribution")
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    blocks = {match.group(2).split()[0]: match.group() for match in report._BLOCK.finditer(text)}
+    pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("results.md", "results_history.md")]
+    blocks = {match.group(2).split()[0]: match.group() for text in pages for match in report._BLOCK.finditer(text)}
     page = tmp_path / "page.md"
     for folder in ("cartpole-500-starts", "pendulum-earlier", "swingup", "cache", "catch"):
         page.write_text(blocks[folder])
