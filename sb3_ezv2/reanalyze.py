@@ -246,8 +246,7 @@ class Reanalyzer:
         :param searches: of the batch; None: they are made here
         :return: the targets, and scalars to log
         """
-        values, value_mask = self.td_values(batch), batch.value_mask
-        mask = batch.policy_mask  # [B, U + 1] the searched states
+        mask, value_mask = batch.policy_mask, batch.value_mask  # [B, U + 1]; the first: the searched states
         rows, roots, of_searches = self.searches(batch, rng) if searches is None else searches
         index, stats = th.from_numpy(rows).to(mask.device), dict(of_searches)
 
@@ -255,15 +254,16 @@ class Reanalyzer:
             """[n, ...] of the searched states to [B, U + 1, ...], 0 elsewhere."""
             return x.new_zeros(mask.numel(), *x.shape[1:]).index_copy_(0, index, x).unflatten(0, mask.shape)
 
-        stats["target/td_value"] = th.where(value_mask, values, 0).sum() / value_mask.sum().clamp(min=1)
+        of_sequence = self._search_based(batch, n_updates)  # numpy [B]
+        values = batch.returns
+        if not of_sequence.all():
+            # Where values are search-based, windows count up to a termination alone: what lies at their ends is not asked
+            others = th.from_numpy(np.flatnonzero(~of_sequence)).to(mask.device)
+            td_values, their_mask = self.td_values(batch, others), value_mask[others]
+            values = values.index_copy(0, others, td_values)
+            stats["target/td_value"] = th.where(their_mask, td_values, 0).sum() / their_mask.sum().clamp(min=1)
         stats["target/search_value"] = roots.value.mean()
-        if self.value_target == "search":
-            by_search = th.ones(len(values), dtype=th.bool, device=values.device)
-        elif self.value_target == "mixed" and n_updates >= self.mixed_value_start:
-            by_search = th.from_numpy(batch.ages > self.fresh_transitions).to(values.device)
-        else:
-            by_search = th.zeros(len(values), dtype=th.bool, device=values.device)
-        by_search = by_search[:, None].expand_as(mask)
+        by_search = th.from_numpy(of_sequence).to(mask.device)[:, None].expand_as(mask)
         if self.value_target == "mixed":
             # A return that was observed to its termination needs no bootstrap: it ties the values to what happened, where
             # search-based values of old episodes would rest on each other alone
@@ -277,11 +277,28 @@ class Reanalyzer:
         candidates = None if roots.candidates is None else spread(roots.candidates)
         return Targets(values, value_mask, spread(roots.policy), candidates), stats
 
+    def _search_based(self, batch: Batch, n_updates: int) -> np.ndarray:
+        """:return: bool [B], the sequences with search-based values (Eq. 16)"""
+        if self.value_target == "mixed" and n_updates >= self.mixed_value_start:
+            return batch.ages > self.fresh_transitions
+        return np.full(len(batch.ages), self.value_target == "search")
+
     @th.no_grad()
-    def td_values(self, batch: Batch) -> th.Tensor:
-        """:return: [B, U + 1], n-step values: the first case of Eq. 16"""
-        ends = self.bootstrap.values(apply(lambda x: x.flatten(0, 1), batch.bootstrap_observations))
-        return batch.returns + batch.bootstrap_discounts * ends.unflatten(0, batch.returns.shape)
+    def td_values(self, batch: Batch, sequences: th.Tensor | None = None) -> th.Tensor:
+        """
+        :param batch: B sequences of U steps
+        :param sequences: int64 [n], those that are meant; None: all
+        :return: [n, U + 1], n-step values: the first case of Eq. 16
+        """
+        observations, returns, discounts = batch.bootstrap_observations, batch.returns, batch.bootstrap_discounts
+        if sequences is not None:
+            observations, returns, discounts = (
+                apply(lambda x: x[sequences], observations),
+                returns[sequences],
+                discounts[sequences],
+            )
+        ends = self.bootstrap.values(apply(lambda x: x.flatten(0, 1), observations))
+        return returns + discounts * ends.unflatten(0, returns.shape)
 
     @th.no_grad()
     def value_errors(self, slots: np.ndarray, network: BaseNetwork, env: VecNormalize | None = None) -> np.ndarray:

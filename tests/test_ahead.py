@@ -239,7 +239,9 @@ def test_targets_of_a_prepared_batch_are_those_of_the_moment() -> None:
 
 def test_priorities_of_what_was_overwritten_are_left_alone() -> None:
     """The buffer has 45 slots, of which 15 and more are overwritten between the updates."""
-    model = make_ahead(train_freq=15, gradient_steps=2, learning_starts=50, target_update_interval=1000).learn(105)
+    model = make_ahead(
+        train_freq=15, gradient_steps=2, learning_starts=50, target_update_interval=1000, priority_alpha=1.0
+    ).learn(105)
     buffer, prepared = model.replay_buffer, pending(model)
     assert buffer is not None
     model.learn(15, reset_num_timesteps=False)  # the batch that was prepared is the first to be learned from

@@ -106,7 +106,7 @@ def test_nan_gradient_and_priority_are_named() -> None:
     assert all(th.equal(a, b) for a, b in zip(before, model.policy.network.parameters()))
     assert model.replay_buffer is not None and model._reanalyzer is not None
     model.replay_buffer._fresh.append(np.array([3, 4]))
-    model._reanalyzer.td_values = lambda batch: th.full_like(batch.returns, float("nan"))  # type: ignore[method-assign]
+    model._reanalyzer.td_values = lambda batch, *_: th.full_like(batch.returns, float("nan"))  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=r"step 50: the priority .* of a transition of environment 0 is NaN"):
         model.train(1, 16)
 

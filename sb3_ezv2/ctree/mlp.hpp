@@ -18,7 +18,7 @@ namespace ezv2 {
 
 constexpr int kLanes = 16;  // partial sums of a layer norm
 constexpr int kTile = 64;   // outputs of a packed tile
-constexpr int kRows = 4;    // rows that share a pass over the weights
+constexpr int kRows = 16;   // rows that share a pass over the weights
 
 // Lanes floats. A type that is wider than the instruction set's registers would live in memory: each has its own.
 #if defined(__GNUC__)
@@ -97,40 +97,55 @@ struct Support {
     bool inverse_h = false;
 };
 
-// x: [rows, x_stride], y: [rows, y_stride] of padded widths. Rows * Vectors sums are kept at once: as many as hide the latency
-// of an addition and leave registers for the weights.
+// The outputs of one tile for a few rows. x: [Rows, x_stride], y: [Rows, y_stride] of padded widths. Rows * Vectors sums are kept
+// at once: as many as hide the latency of an addition and leave registers for the weights.
 template <int Lanes, int Rows, int Vectors>
-EZV2_INLINE void linear_rows(const Linear& layer, const float* x, int x_stride, float* y, int y_stride, bool relu) {
+EZV2_INLINE void tile_rows(const Linear& layer, int tile, const float* x, int x_stride, float* y, int y_stride, bool relu) {
     using Vector = typename VectorOf<Lanes>::type;
-    const int tiles = padded(layer.out) / kTile;
-    for (int tile = 0; tile < tiles; ++tile) {
-        for (int part = 0; part < kTile / Lanes; part += Vectors) {
-            const int column = tile * kTile + part * Lanes;
-            if (column >= layer.out) break;
-            Vector sum[Rows][Vectors];
+    for (int part = 0; part < kTile / Lanes; part += Vectors) {
+        const int column = tile * kTile + part * Lanes;
+        if (column >= layer.out) break;
+        Vector sum[Rows][Vectors];
+        for (int v = 0; v < Vectors; ++v) {
+            Vector b;
+            std::memcpy(&b, &layer.bias[column + v * Lanes], sizeof b);
+            for (int r = 0; r < Rows; ++r) sum[r][v] = b;
+        }
+        const float* w = &layer.weight[size_t(tile) * layer.in * kTile + part * Lanes];
+        for (int i = 0; i < layer.in; ++i, w += kTile) {
             for (int v = 0; v < Vectors; ++v) {
-                Vector b;
-                std::memcpy(&b, &layer.bias[column + v * Lanes], sizeof b);
-                for (int r = 0; r < Rows; ++r) sum[r][v] = b;
+                Vector weight;
+                std::memcpy(&weight, w + v * Lanes, sizeof weight);
+                for (int r = 0; r < Rows; ++r) sum[r][v] += weight * x[r * x_stride + i];
             }
-            const float* w = &layer.weight[size_t(tile) * layer.in * kTile + part * Lanes];
-            for (int i = 0; i < layer.in; ++i, w += kTile) {
-                for (int v = 0; v < Vectors; ++v) {
-                    Vector weight;
-                    std::memcpy(&weight, w + v * Lanes, sizeof weight);
-                    for (int r = 0; r < Rows; ++r) sum[r][v] += weight * x[r * x_stride + i];
-                }
-            }
-            for (int r = 0; r < Rows; ++r) {
-                for (int v = 0; v < Vectors; ++v) {
-                    std::memcpy(y + r * y_stride + column + v * Lanes, &sum[r][v], sizeof(Vector));
-                }
+        }
+        for (int r = 0; r < Rows; ++r) {
+            for (int v = 0; v < Vectors; ++v) {
+                std::memcpy(y + r * y_stride + column + v * Lanes, &sum[r][v], sizeof(Vector));
             }
         }
     }
     if (relu) {
         for (int r = 0; r < Rows; ++r) {
-            for (int o = 0; o < layer.out; ++o) y[r * y_stride + o] = y[r * y_stride + o] < 0.0f ? 0.0f : y[r * y_stride + o];
+            float* of_row = y + r * y_stride + tile * kTile;
+            for (int o = 0; o < kTile; ++o) of_row[o] = of_row[o] < 0.0f ? 0.0f : of_row[o];
+        }
+    }
+}
+
+// All rows of one tile before the next: its weights then come from the nearest cache. One to three rows need other numbers of
+// vectors to have enough sums.
+template <int Lanes, int OfFour, int OfThree, int OfTwo, int OfOne>
+EZV2_INLINE void linear_rows(const Linear& layer, int rows, const float* x, int xs, float* y, int ys, bool relu) {
+    const int tiles = padded(layer.out) / kTile;
+    for (int tile = 0; tile < tiles; ++tile) {
+        int row = 0;
+        for (; row + 4 <= rows; row += 4) tile_rows<Lanes, 4, OfFour>(layer, tile, x + row * xs, xs, y + row * ys, ys, relu);
+        switch (rows - row) {
+            case 3: tile_rows<Lanes, 3, OfThree>(layer, tile, x + row * xs, xs, y + row * ys, ys, relu); break;
+            case 2: tile_rows<Lanes, 2, OfTwo>(layer, tile, x + row * xs, xs, y + row * ys, ys, relu); break;
+            case 1: tile_rows<Lanes, 1, OfOne>(layer, tile, x + row * xs, xs, y + row * ys, ys, relu); break;
+            default: break;
         }
     }
 }
@@ -138,31 +153,16 @@ EZV2_INLINE void linear_rows(const Linear& layer, const float* x, int x_stride, 
 using LinearFunction = void (*)(const Linear&, int, const float*, int, float*, int, bool);
 
 inline void linear_plain(const Linear& layer, int rows, const float* x, int xs, float* y, int ys, bool relu) {
-    switch (rows) {
-        case 4: return linear_rows<4, 4, 2>(layer, x, xs, y, ys, relu);
-        case 3: return linear_rows<4, 3, 2>(layer, x, xs, y, ys, relu);
-        case 2: return linear_rows<4, 2, 4>(layer, x, xs, y, ys, relu);
-        default: return linear_rows<4, 1, 8>(layer, x, xs, y, ys, relu);
-    }
+    linear_rows<4, 2, 2, 4, 8>(layer, rows, x, xs, y, ys, relu);
 }
 
 #if EZV2_X86
 EZV2_AVX2 inline void linear_avx2(const Linear& layer, int rows, const float* x, int xs, float* y, int ys, bool relu) {
-    switch (rows) {
-        case 4: return linear_rows<8, 4, 2>(layer, x, xs, y, ys, relu);
-        case 3: return linear_rows<8, 3, 2>(layer, x, xs, y, ys, relu);
-        case 2: return linear_rows<8, 2, 4>(layer, x, xs, y, ys, relu);
-        default: return linear_rows<8, 1, 8>(layer, x, xs, y, ys, relu);
-    }
+    linear_rows<8, 2, 2, 4, 8>(layer, rows, x, xs, y, ys, relu);
 }
 
 EZV2_AVX512 inline void linear_avx512(const Linear& layer, int rows, const float* x, int xs, float* y, int ys, bool relu) {
-    switch (rows) {
-        case 4: return linear_rows<16, 4, 4>(layer, x, xs, y, ys, relu);
-        case 3: return linear_rows<16, 3, 4>(layer, x, xs, y, ys, relu);
-        case 2: return linear_rows<16, 2, 4>(layer, x, xs, y, ys, relu);
-        default: return linear_rows<16, 1, 4>(layer, x, xs, y, ys, relu);
-    }
+    linear_rows<16, 4, 4, 4, 4>(layer, rows, x, xs, y, ys, relu);
 }
 #endif
 
