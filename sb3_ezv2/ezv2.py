@@ -135,7 +135,7 @@ class EZV2(ResumableAlgorithm):
         buffer_size: int = 100_000,
         learning_starts: int = 500,
         batch_size: int = 256,
-        gamma: float = 0.99,
+        gamma: float = 0.997,
         train_freq: int | tuple[int, str] = 1,
         gradient_steps: int = 1,
         tau: float = 0.05,
