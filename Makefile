@@ -5,6 +5,8 @@ LINT_PATHS = sb3_ezv2/ tests/ benchmarks/ docs/conf.py setup.py sb3_ezv2_zoo_hoo
 # To work in an environment of your own instead, name its Python: make test PY=python
 PYTHON ?= python3
 VENV ?= .venv
+# Tests run in so many processes of one thread each: make test TEST_PROCESSES=4
+TEST_PROCESSES ?= 2
 BUILD_INPUTS = pyproject.toml setup.cfg setup.py constraints.txt sb3_ezv2_zoo.pth \
 	$(wildcard sb3_ezv2/ctree/*.pyx sb3_ezv2/ctree/*.pxd sb3_ezv2/ctree/*.hpp)
 
@@ -77,7 +79,7 @@ demo: $(FOR_DEMO)
 # JAX, the reference of the search, on the CPU: what is compared is the same everywhere.
 test: export JAX_PLATFORMS = cpu
 test: $(FOR_TESTS)
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal tests
 
 # The result of a run is in docs/guide/saving.rst.
 soak: $(FOR_TESTS)

@@ -11,6 +11,7 @@ everything; the same command goes on where it stopped, in the middle of an episo
 
 import argparse
 import csv
+import fcntl
 import importlib
 import inspect
 import json
@@ -215,7 +216,6 @@ class _Measure(BaseCallback):
         self.train_seconds = state["train_seconds"] if state else 0.0
         self.eval_seconds = state["eval_seconds"] if state else 0.0
         logged.values = state["logged"] if state else {}
-        run.out.mkdir(parents=True, exist_ok=True)
         if state:
             # Rows written after the checkpoint (by a process that was killed) will be written again.
             os.truncate(run.csv, state["csv_bytes"])
@@ -349,6 +349,27 @@ def _load(run: Run, env: DummyVecEnv, folder: Path, state: dict[str, Any]) -> Ba
     return model
 
 
+@contextmanager
+def _alone(run: Run) -> Iterator[None]:
+    """
+    Within, no other process can be at the same run.
+
+    :raises BlockingIOError: another one is
+    """
+    run.out.mkdir(parents=True, exist_ok=True)
+    lock = run.out / f".{run.name}.lock"
+    with open(lock, "w") as file:
+        try:
+            # given back by the system when the process ends, however it does
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another process is at this run ({run.csv}): wait for it, or give another --out.") from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
 def train(run: Run, stop: _Stop | None = None, resume: bool = True) -> bool:
     """
     Train and measure one agent, or go on with it.
@@ -357,8 +378,14 @@ def train(run: Run, stop: _Stop | None = None, resume: bool = True) -> bool:
     :param stop: when to end early
     :param resume: go on from a checkpoint, and skip a finished run; otherwise begin anew and overwrite
     :return: whether the run is finished
+    :raises BlockingIOError: another process is at this run
     """
-    stop = stop or _Stop(None)
+    with _alone(run):
+        return _train(run, stop or _Stop(None), resume)
+
+
+def _train(run: Run, stop: _Stop, resume: bool) -> bool:
+    """See :func:`train`."""
     checkpoints = Checkpoints(run.out, run.name)
     rows, folder, state = _found(run) if resume else ([], None, None)
     if rows and rows[-1]["step"] >= run.steps:
@@ -558,7 +585,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with stop.signals():
         for run in runs:
             # Each run makes a step before it looks at the clock, so that repeating the command always comes to an end.
-            finished = train(run, stop, options.resume)
+            try:
+                finished = train(run, stop, options.resume)
+            except BlockingIOError as error:
+                parser.error(str(error))
             if not finished:
                 break
     rows = read_rows([runs[0].out])

@@ -64,6 +64,18 @@ def run_of(line: list[str]) -> learn.Run:
     return learn._runs(learn._parser().parse_args(line))[0]
 
 
+def test_a_run_is_made_by_one_process_at_a_time(tmp_path, capsys):
+    line = command(tmp_path)
+    with learn._alone(run_of(line)):
+        with pytest.raises(SystemExit):
+            learn.main(line)
+        assert "another process is at this run" in capsys.readouterr().err
+        assert list(tmp_path.glob("*.csv")) == []
+        assert learn.main([*line, "--label", "other"]) == 0
+    assert learn.main(line) == 0
+    assert list(tmp_path.glob(".*")) == []
+
+
 def test_rows(tmp_path, capsys):
     line = command(tmp_path, "--seeds", "0", "1", "--record", "rollout/ep_rew_mean", "--threshold", "475")
     assert learn.main(line) == 0
