@@ -43,7 +43,7 @@ class EZV2(ResumableAlgorithm):
     EfficientZero V2: planning by Gumbel search in a learned model, for discrete and continuous actions.
     Paper: https://arxiv.org/abs/2403.00564
 
-    The defaults are those of the paper's Table 3 for state inputs, except for the discount, the value targets and
+    The defaults are those of the paper's Table 3 for state inputs, except for the value targets and
     their networks, the supports, the replay's size, start and priorities, and the search cache: see the documentation.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
@@ -52,7 +52,8 @@ class EZV2(ResumableAlgorithm):
     :param buffer_size: size of the replay buffer, in observations
     :param learning_starts: how many steps of random actions to collect before learning starts
     :param batch_size: sequences in a batch
-    :param gamma: the discount factor of one step of the environment
+    :param gamma: the discount factor of one step of the environment; the paper has 0.997 per frame, of which an action that is
+        repeated k times takes k
     :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
         like ``(5, "step")`` or ``(2, "episode")``.
     :param gradient_steps: How many updates to do after each rollout (see ``train_freq``)
