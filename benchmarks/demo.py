@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     :param arguments: instead of the process's
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=f"Train EZV2 on {TASK}.")
-    parser.add_argument("--steps", type=_positive, default=3000, help="environment steps (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive, default=1500, help="environment steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the results (default: %(default)s)")
     options = parser.parse_args(arguments)
