@@ -81,7 +81,7 @@ class EZV2(ResumableAlgorithm):
     :param fresh_transitions: newest transitions that keep n-step values (T2 of Eq. 16); None: 10% of the planned
         steps, at least 500
     :param acting_update_interval: updates between two refreshes of the network that collects data
-    :param target_update_interval: updates between two refreshes of the network that reanalyzes; None: 0.6% of the planned
+    :param target_update_interval: updates between two refreshes of the network that reanalyzes; None: 0.2% of the planned
         ones, 48 to 400
     :param reanalyze_cache: search each stored state once per refresh of the target network instead of each time it is drawn
     :param cache_refresh_fraction: share of the states found in that cache that are searched again at each update; 0: each is

@@ -17,7 +17,7 @@ FRESH_TRANSITIONS_FRACTION, FEWEST_FRESH_TRANSITIONS = 0.1, 500
 """``fresh_transitions`` of None, as a share of the planned steps, and its lower limit; the paper's 20,000 of 100,000
 are twice that share."""
 
-TARGET_UPDATE_FRACTION, SHORTEST_TARGET_UPDATE_INTERVAL, LONGEST_TARGET_UPDATE_INTERVAL = 0.006, 48, 400
+TARGET_UPDATE_FRACTION, SHORTEST_TARGET_UPDATE_INTERVAL, LONGEST_TARGET_UPDATE_INTERVAL = 0.002, 48, 400
 """``target_update_interval`` of None, as a share of the planned updates, its lower limit, below which states would
 be searched anew for little, and its upper one, the paper's."""
 

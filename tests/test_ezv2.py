@@ -226,7 +226,8 @@ def test_what_follows_the_length_of_the_run() -> None:
 
     assert plan(2_040) == (20, 300, 500, 48)  # 40 steps without updates
     assert plan(2_040, gradient_steps=2) == (20, 300, 500, 48)
-    assert plan(100_040) == (500, 4_000, 10_004, 400)
+    assert plan(100_040) == (500, 4_000, 10_004, 200)
+    assert plan(400_040)[-1] == 400
     settings = dict(td_steps_age=7, mixed_value_start=0, fresh_transitions=0, target_update_interval=700)
     assert plan(2_040, **settings) == (7, 0, 0, 700)
 
