@@ -61,7 +61,7 @@ def test_train(folder: Path) -> None:
         "rl_model_505_steps.zip",
     }
     # The checkpoint is from before its step's update
-    assert updates(run_folder / "CartPole-v1.zip") == 10 and updates(run_folder / "rl_model_505_steps.zip") == 4
+    assert updates(run_folder / "CartPole-v1.zip") == 40 and updates(run_folder / "rl_model_505_steps.zip") == 16
     config = yaml.load((run_folder / "CartPole-v1/config.yml").read_text(), Loader=yaml.UnsafeLoader)
     assert config["n_timesteps"] == 5000 and config["learning_starts"] == 500
     assert list((folder / "tb").rglob("events*"))
@@ -71,7 +71,7 @@ def test_going_on(folder: Path) -> None:
     """After test_train: a later run of its own number."""
     output = run(*CARTPOLE, "-f", "more", "-i", "logs/ezv2/CartPole-v1_1/CartPole-v1.zip", cwd=folder)
     assert "Loading replay buffer" in output
-    assert updates(folder / "more/ezv2/CartPole-v1_1/CartPole-v1.zip") == 20
+    assert updates(folder / "more/ezv2/CartPole-v1_1/CartPole-v1.zip") == 80
 
 
 @pytest.mark.parametrize("which", [(), ("--load-best",), ("--load-checkpoint", "505"), ("--stochastic",)])
@@ -98,7 +98,7 @@ def test_console_script_and_plots(folder: Path) -> None:
     settings = ("-n", "510", "-params", "n_simulations:8", "batch_size:64")
     run(str(script), "train", *TRAIN[2:], "Pendulum-v1", *settings, cwd=folder)
     model = EZV2.load(folder / "logs/ezv2/Pendulum-v1_1/Pendulum-v1.zip", device="cpu")
-    assert (model._n_updates, model.n_simulations, model.batch_size) == (10, 8, 64)
+    assert (model._n_updates, model.n_simulations, model.batch_size) == (40, 8, 64)
     run("-m", "rl_zoo3.plots.plot_train", "-a", "ezv2", "-e", "CartPole", "-w", "5", "-f", "logs/", cwd=folder)
 
 
@@ -148,7 +148,7 @@ def test_switched_off_and_by_hand(tmp_path: Path) -> None:
     output = run(*CARTPOLE, cwd=tmp_path, fails=True, SB3_EZV2_NO_ZOO="1")
     assert "invalid choice: 'ezv2'" in output
     run("-m", "sb3_ezv2.zoo", "train", *CARTPOLE[2:], cwd=tmp_path, SB3_EZV2_NO_ZOO="1")
-    assert updates(tmp_path / "logs/ezv2/CartPole-v1_1/CartPole-v1.zip") == 10
+    assert updates(tmp_path / "logs/ezv2/CartPole-v1_1/CartPole-v1.zip") == 40
     assert "usage: python -m sb3_ezv2.zoo" in run("-m", "sb3_ezv2.zoo", "fly", cwd=tmp_path, fails=True)
 
 
