@@ -1,12 +1,41 @@
-"""Saved states of unfinished runs of any algorithm: the agent, its replay buffer, and what the run needs besides."""
+"""
+Saved states of unfinished runs of any algorithm: the agent, its replay buffer, and what the run needs besides. And the lock
+that keeps two processes from writing the files of one run.
+"""
 
+import fcntl
 import pickle
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.base_class import BaseAlgorithm
+
+
+@contextmanager
+def alone(out: Path, name: str) -> Iterator[None]:
+    """
+    Within, no other process can be at the same run.
+
+    :param out: the results' folder
+    :param name: of the run, unique in that folder
+    :raises BlockingIOError: another one is
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = out / f".{name}.lock"
+    with open(lock, "w") as file:
+        try:
+            # given back by the system when the process ends, however it does
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another process is at the run {name} in {out}: wait for it, or give another --out.") from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 class Checkpoints:

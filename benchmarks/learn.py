@@ -11,7 +11,6 @@ everything; the same command goes on where it stopped, in the middle of an episo
 
 import argparse
 import csv
-import fcntl
 import importlib
 import inspect
 import json
@@ -37,7 +36,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from benchmarks.checkpoints import Checkpoints
+from benchmarks.checkpoints import Checkpoints, alone
 from benchmarks.envs import make_vec_env
 from benchmarks.plots import COLUMNS, Row, draw, read_rows, summary
 from benchmarks.provenance import commit, machine
@@ -349,27 +348,6 @@ def _load(run: Run, env: DummyVecEnv, folder: Path, state: dict[str, Any]) -> Ba
     return model
 
 
-@contextmanager
-def _alone(run: Run) -> Iterator[None]:
-    """
-    Within, no other process can be at the same run.
-
-    :raises BlockingIOError: another one is
-    """
-    run.out.mkdir(parents=True, exist_ok=True)
-    lock = run.out / f".{run.name}.lock"
-    with open(lock, "w") as file:
-        try:
-            # given back by the system when the process ends, however it does
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"another process is at this run ({run.csv}): wait for it, or give another --out.") from None
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-
-
 def train(run: Run, stop: _Stop | None = None, resume: bool = True) -> bool:
     """
     Train and measure one agent, or go on with it.
@@ -380,7 +358,7 @@ def train(run: Run, stop: _Stop | None = None, resume: bool = True) -> bool:
     :return: whether the run is finished
     :raises BlockingIOError: another process is at this run
     """
-    with _alone(run):
+    with alone(run.out, run.name):
         return _train(run, stop or _Stop(None), resume)
 
 

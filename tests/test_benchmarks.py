@@ -14,6 +14,7 @@ import torch as th
 from stable_baselines3.common.env_checker import check_env
 
 from benchmarks import demo, learn, plots
+from benchmarks.checkpoints import alone
 from benchmarks.envs import Resumable, make_env, make_vec_env
 from sb3_ezv2 import EZV2
 
@@ -66,10 +67,10 @@ def run_of(line: list[str]) -> learn.Run:
 
 def test_a_run_is_made_by_one_process_at_a_time(tmp_path, capsys):
     line = command(tmp_path)
-    with learn._alone(run_of(line)):
+    with alone(tmp_path, run_of(line).name):
         with pytest.raises(SystemExit):
             learn.main(line)
-        assert "another process is at this run" in capsys.readouterr().err
+        assert "another process is at the run" in capsys.readouterr().err
         assert list(tmp_path.glob("*.csv")) == []
         assert learn.main([*line, "--label", "other"]) == 0
     assert learn.main(line) == 0
