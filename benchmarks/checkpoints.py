@@ -31,7 +31,8 @@ def alone(out: Path, name: str) -> Iterator[None]:
             # given back by the system when the process ends, however it does
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BlockingIOError(f"another process is at the run {name} in {out}: wait for it, or give another --out.") from None
+            message = f"another process is at the run {name} in {out}: wait for it, or give another --out."
+            raise BlockingIOError(message) from None
         try:
             yield
         finally:
