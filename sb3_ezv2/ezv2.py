@@ -43,8 +43,9 @@ class EZV2(ResumableAlgorithm):
     EfficientZero V2: planning by Gumbel search in a learned model, for discrete and continuous actions.
     Paper: https://arxiv.org/abs/2403.00564
 
-    The defaults are those of the paper's Table 3 for state inputs, except for the value targets and
-    their networks, the supports, the replay's size, start and priorities, and the search cache: see the documentation.
+    The defaults are those of the paper's Table 3 for state inputs, except for the discount, the value targets and their
+    networks, ``c_scale`` of Discrete actions, the supports, the replay's size, start and priorities, and the search cache:
+    see the documentation.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -62,7 +63,7 @@ class EZV2(ResumableAlgorithm):
     :param unroll_steps: steps that the model is unrolled in training
     :param td_steps: length of a fresh transition's value window
     :param td_steps_min: length of an old transition's value window; the paper has 5 and 5
-    :param td_steps_age: the window is one step shorter for each so many transitions collected since
+    :param td_steps_age: the window shrinks by one step for every ``td_steps_age`` transitions collected since
         (EfficientZero Eq. 12). None: 0.5% of the planned steps, at least 20
     :param n_simulations: simulations of a search
     :param n_sampled_actions: Box, MultiDiscrete and MultiBinary: candidate actions at the root. Discrete: actions that enter
@@ -86,9 +87,10 @@ class EZV2(ResumableAlgorithm):
     :param reanalyze_cache: search each stored state once per refresh of the target network instead of each time it is drawn
     :param cache_refresh_fraction: share of the states found in that cache that are searched again at each update; 0: each is
         searched once per refresh
-    :param reanalyze_ahead: draw and search the batch of the next update while an update runs, without that one's priorities
-    :param reanalyze_thread: do so in a thread, on CUDA on a stream of its own, which changes no result. None: on CUDA;
-        False: in turn
+    :param reanalyze_ahead: sample the batch of the next update, and search it, when an update begins, so with the priorities
+        from before that update
+    :param reanalyze_thread: search that batch in a thread (on CUDA with its own stream) while the update runs, which does
+        not change the results. None: only on CUDA; False: never
     :param priority_alpha: exponent of the priorities (0: uniform); the paper has 1
     :param priority_beta: exponent of the importance weights
     :param reward_coef: weight of the reward loss (lambda_1 of Eq. 3)

@@ -44,7 +44,7 @@ class Ezv2Policy(BasePolicy):
     :param net_arch: hidden widths of the heads
     :param value_support: (limit, bins, transform) of the value head, see :class:`sb3_ezv2.distributions.SupportSpec`
     :param reward_support: the same of the reward head
-    :param reward_scale: what the supports' units are worth. ``"auto"``: the root mean square of the rewards collected
+    :param reward_scale: reward per unit of the supports. ``"auto"``: the root mean square of the rewards collected
         before the first update, so that rewards of any scale are learned alike. The paper's supports are in raw units: 1.0
     :param value_prefix: predict sums of rewards in windows of :data:`PREFIX_WINDOW` steps by an LSTM (EfficientZero 4.2)
         instead of rewards
@@ -357,7 +357,7 @@ class MlpPolicy(Ezv2Policy):
     :param projection_dim: hidden width of the consistency loss's projection and of its predictor
     :param value_support: (limit, bins, transform) of the value head, see :class:`sb3_ezv2.distributions.SupportSpec`
     :param reward_support: the same of the reward head
-    :param reward_scale: what the supports' units are worth. ``"auto"``: the root mean square of the rewards collected
+    :param reward_scale: reward per unit of the supports. ``"auto"``: the root mean square of the rewards collected
         before the first update, so that rewards of any scale are learned alike. The paper's supports are in raw units: 1.0
     :param value_prefix: predict sums of rewards in windows of 5 steps by an LSTM (EfficientZero 4.2) instead of rewards
     :param lstm_dim: width of that LSTM (EfficientZero App. A.1: 512)
@@ -477,7 +477,7 @@ class CnnPolicy(Ezv2Policy):
         wide (App. A.1: 512 and 1024)
     :param value_support: (limit, bins, transform) of the value head, see :class:`sb3_ezv2.distributions.SupportSpec`
     :param reward_support: the same of the reward head
-    :param reward_scale: what the supports' units are worth. ``"auto"``: the root mean square of the rewards collected
+    :param reward_scale: reward per unit of the supports. ``"auto"``: the root mean square of the rewards collected
         before the first update, so that rewards of any scale are learned alike. The paper's supports are in raw units: 1.0
     :param value_prefix: predict sums of rewards in windows of 5 steps by an LSTM (EfficientZero 4.2) instead of rewards
     :param lstm_dim: width of that LSTM (App. A.1: 512)

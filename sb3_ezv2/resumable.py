@@ -213,7 +213,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         ``learn(model.remaining_timesteps, reset_num_timesteps=False)``.
 
         Python's, NumPy's and PyTorch's random generators are set to the states that they had. Like ``load()``, this executes
-        code from the file if someone has put it there: load no file of a stranger.
+        code from the file if someone has put it there: only load files that you trust.
 
         :param path: of the file
         :param env: environments and wrappers as the agent had; their states are replaced
