@@ -26,7 +26,7 @@ from sb3_ezv2.reanalyze import Reanalyzer, learns_best_action
 from sb3_ezv2.replay_buffer import SequenceReplayBuffer
 from sb3_ezv2.resumable import OpenRollout, ResumableAlgorithm
 from sb3_ezv2.schedules import LONGEST_TARGET_UPDATE_INTERVAL, learning_rate_factor, plan_run, planned_updates
-from sb3_ezv2.search import SearchSettings, default_c_scale
+from sb3_ezv2.search import SearchSettings, default_c_scale, improves_value
 from sb3_ezv2.validation import (
     check_finite,
     check_memory,
@@ -52,6 +52,8 @@ class EZV2(ResumableAlgorithm):
     :param learning_rate: learning rate, it can be a function of the current progress remaining (from 1 to 0)
     :param buffer_size: size of the replay buffer, in observations
     :param learning_starts: how many steps of random actions to collect before learning starts
+    :param exploration_eps: share of random actions afterwards, while learning. None: 0.05 of Discrete actions, which have no
+        flattened policy to draw candidates from; otherwise 0, as in the paper
     :param batch_size: sequences in a batch
     :param gamma: the discount factor of one step of the environment; the paper has 0.997 per frame, of which an action that is
         repeated k times takes k
@@ -76,6 +78,8 @@ class EZV2(ResumableAlgorithm):
     :param c_visit: of sigma, Eq. 19
     :param c_scale: of sigma, Eq. 19; the paper has 0.1. None: 0.3 where the policy's logits are the priors of the root's
         actions (Discrete), 0.1 where candidates are drawn from it (Box)
+    :param search_value: the value that a search finds: ``"mean"`` of its simulations (Eq. 10), or ``"improved"``: the mean of q
+        under the improved policy. None: ``"improved"`` for Discrete actions, ``"mean"`` otherwise
     :param value_target: ``"mixed"`` (Eq. 16), or its parts alone: ``"td"`` (n-step) or ``"search"`` (search-based values)
     :param mixed_value_start: updates before search-based values are used (T1 of Eq. 16); None: 4% of the planned ones, at
         least 300
@@ -175,6 +179,8 @@ class EZV2(ResumableAlgorithm):
         lr_decay_updates: int | None = None,
         lr_decay_factor: float = 0.1,
         policy_target: str = "auto",
+        exploration_eps: float | None = None,
+        search_value: str | None = None,
         replay_buffer_class: type[ReplayBuffer] | None = None,
         replay_buffer_kwargs: dict[str, Any] | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -242,6 +248,8 @@ class EZV2(ResumableAlgorithm):
         self.lr_decay_updates = lr_decay_updates
         self.lr_decay_factor = lr_decay_factor
         self.policy_target = policy_target
+        self.exploration_eps = exploration_eps
+        self.search_value = search_value
 
         self._warmup_updates = 0
         self._target_update_interval = LONGEST_TARGET_UPDATE_INTERVAL
@@ -268,6 +276,7 @@ class EZV2(ResumableAlgorithm):
         check_spaces(self.observation_space, self.action_space)
         check_normalizer(self._vec_normalize_env, self.observation_space)
         check_settings(self.__dict__)
+        improved_value = improves_value(self.action_space) if self.search_value is None else self.search_value == "improved"
         self._convert_train_freq()
         self._setup_lr_schedule()
         restored, sampled_space = self._generators, copy.deepcopy(self.action_space)
@@ -290,6 +299,7 @@ class EZV2(ResumableAlgorithm):
                 c_visit=self.c_visit,
                 c_scale=default_c_scale(self.action_space, self.n_sampled_actions) if self.c_scale is None else self.c_scale,
                 gamma=self.gamma,
+                improved_value=improved_value,
             ),
             **self.policy_kwargs,
         )
@@ -455,7 +465,8 @@ class EZV2(ResumableAlgorithm):
 
     def _choose_action(self, learning_starts: int, n_envs: int) -> tuple[np.ndarray, np.ndarray]:
         """
-        Uniform actions before ``learning_starts``, then a search with the acting network.
+        Uniform actions before ``learning_starts`` and, for a share of ``exploration_eps``, afterwards; otherwise a search
+        with the acting network.
 
         :return: actions for the environment, and as they are stored: counted from 0, or flat and scaled to [-1, 1]
         """
@@ -477,7 +488,18 @@ class EZV2(ResumableAlgorithm):
         if isinstance(self.action_space, spaces.Box):
             actions = self.policy.unscale_action(actions.reshape(n_envs, *self.action_space.shape))
             actions = actions.astype(self.action_space.dtype)
-        return actions, best.cpu().numpy()
+        actions, stored = actions.copy(), best.cpu().numpy().copy()  # the search keeps its own
+        if (eps := self._get_exploration_eps()) > 0:
+            random = np.flatnonzero(self._generators["acting"].random(n_envs) < eps)
+            for env in random:
+                actions[env] = self.action_space.sample()
+            stored[random] = self.policy.from_env_actions(actions[random])
+        return actions, stored
+
+    def _get_exploration_eps(self) -> float:
+        if self.exploration_eps is not None:
+            return self.exploration_eps
+        return 0.05 if isinstance(self.action_space, spaces.Discrete) else 0.0
 
     def _store_transition(
         self,

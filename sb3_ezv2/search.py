@@ -43,6 +43,7 @@ class SearchSettings(NamedTuple):
     :param c_visit: of sigma, Eq. 19
     :param c_scale: of sigma, Eq. 19
     :param gamma: discount of one step
+    :param improved_value: the search-based value is the mean of q under the improved policy, not that of the simulations
     """
 
     n_simulations: int = 32
@@ -53,6 +54,7 @@ class SearchSettings(NamedTuple):
     c_visit: float = 50.0
     c_scale: float = 0.1
     gamma: float = 0.997
+    improved_value: bool = False
 
 
 def default_c_scale(action_space: spaces.Space, n_sampled_actions: int) -> float:
@@ -67,13 +69,22 @@ def default_c_scale(action_space: spaces.Space, n_sampled_actions: int) -> float
     return 0.3 if isinstance(action_space, spaces.Discrete) else 0.1
 
 
+def improves_value(action_space: spaces.Space) -> bool:
+    """
+    :param action_space: of the environment
+    :return: ``improved_value`` where ``search_value`` is None. Sequential halving gives each of two actions half of the
+        simulations, so that their mean (Eq. 10) is the value of a policy that takes the worse one every second time.
+    """
+    return isinstance(action_space, spaces.Discrete)
+
+
 class SearchResult(NamedTuple):
     """
     Of B searches with K root actions (all actions if discrete).
 
     :param action: int64 [B], index of the recommended root action a*_S
     :param policy: [B, K], improved policy over the root actions (Eq. 18)
-    :param value: [B], search-based value (Eq. 10), in the units of the rewards
+    :param value: [B], search-based value (Eq. 10, or see ``improved_value``), in the units of the rewards
     :param candidates: [B, K, A], the root actions in [-1, 1], or int64 [B, K, D] of MultiDiscrete ones; None for discrete ones
     :param network_value: [B], the network's value of the roots
     :param depth: [B], mean depth of the simulations
@@ -209,10 +220,12 @@ class GumbelSearch:
         else:
             self._simulate(work, states, actions, noise)
         device = state.device
+        improved_policy = tree.policy()
+        search_value = (improved_policy * tree.q_values()).sum(1) if self.settings.improved_value else tree.root_value()
         return SearchResult(
             action=th.from_numpy(tree.best_action()).to(device),
-            policy=th.from_numpy(tree.policy()).to(device),
-            value=th.from_numpy(tree.root_value()).to(device),
+            policy=th.from_numpy(improved_policy).to(device),
+            value=th.from_numpy(search_value).to(device),
             candidates=candidates,
             network_value=network_value,
             depth=th.from_numpy(tree.depth()).to(device),

@@ -284,10 +284,13 @@ def check_settings(settings: dict[str, Any]) -> None:
     ):
         _check_number(name, settings[name], 0, math.inf)
     _check_number("c_scale", 0.0 if settings["c_scale"] is None else settings["c_scale"], 0, math.inf)
+    _check_number("exploration_eps", 0.0 if settings["exploration_eps"] is None else settings["exploration_eps"], 0, 1)
     if not callable(settings["learning_rate"]):
         _check_number("learning_rate", settings["learning_rate"], 0, math.inf)
     _check_choice("value_target", settings["value_target"], ("mixed", "td", "search"))
     _check_choice("policy_target", settings["policy_target"], ("auto", "candidates", "best_action"))
+    if settings["search_value"] is not None:
+        _check_choice("search_value", settings["search_value"], ("mean", "improved"))
     _check_reanalysis(settings)
 
 
