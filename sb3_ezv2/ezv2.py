@@ -26,7 +26,7 @@ from sb3_ezv2.reanalyze import Reanalyzer, learns_best_action
 from sb3_ezv2.replay_buffer import SequenceReplayBuffer
 from sb3_ezv2.resumable import OpenRollout, ResumableAlgorithm
 from sb3_ezv2.schedules import LONGEST_TARGET_UPDATE_INTERVAL, learning_rate_factor, plan_run, planned_updates
-from sb3_ezv2.search import SearchSettings, default_c_scale, improves_value
+from sb3_ezv2.search import SearchSettings, searches_all_actions
 from sb3_ezv2.validation import (
     check_finite,
     check_memory,
@@ -52,8 +52,8 @@ class EZV2(ResumableAlgorithm):
     :param learning_rate: learning rate, it can be a function of the current progress remaining (from 1 to 0)
     :param buffer_size: size of the replay buffer, in observations
     :param learning_starts: how many steps of random actions to collect before learning starts
-    :param exploration_eps: share of random actions afterwards, while learning. None: 0.05 of Discrete actions, which have no
-        flattened policy to draw candidates from; otherwise 0, as in the paper
+    :param exploration_eps: share of random actions afterwards, while learning. None: 0.05 for Discrete actions, 0 for Box, of
+        which some candidates are drawn from a flattened policy; the paper has 0
     :param batch_size: sequences in a batch
     :param gamma: the discount factor of one step of the environment; the paper has 0.997 per frame, of which an action that is
         repeated k times takes k
@@ -78,8 +78,8 @@ class EZV2(ResumableAlgorithm):
     :param c_visit: of sigma, Eq. 19
     :param c_scale: of sigma, Eq. 19; the paper has 0.1. None: 0.3 where the policy's logits are the priors of the root's
         actions (Discrete), 0.1 where candidates are drawn from it (Box)
-    :param search_value: the value that a search finds: ``"mean"`` of its simulations (Eq. 10), or ``"improved"``: the mean of q
-        under the improved policy. None: ``"improved"`` for Discrete actions, ``"mean"`` otherwise
+    :param search_value: the value that a search finds: ``"mean"`` of its simulations (Eq. 10), or ``"improved"``: the mean of
+        q under the improved policy. None: ``"improved"`` for Discrete actions, ``"mean"`` for Box
     :param value_target: ``"mixed"`` (Eq. 16), or its parts alone: ``"td"`` (n-step) or ``"search"`` (search-based values)
     :param mixed_value_start: updates before search-based values are used (T1 of Eq. 16); None: 4% of the planned ones, at
         least 300
@@ -276,7 +276,7 @@ class EZV2(ResumableAlgorithm):
         check_spaces(self.observation_space, self.action_space)
         check_normalizer(self._vec_normalize_env, self.observation_space)
         check_settings(self.__dict__)
-        improved_value = improves_value(self.action_space) if self.search_value is None else self.search_value == "improved"
+        all_actions = searches_all_actions(self.action_space, self.n_sampled_actions)
         self._convert_train_freq()
         self._setup_lr_schedule()
         restored, sampled_space = self._generators, copy.deepcopy(self.action_space)
@@ -297,9 +297,9 @@ class EZV2(ResumableAlgorithm):
                 policy_action_fraction=self.policy_action_fraction,
                 flat_std_scale=self.flat_std_scale,
                 c_visit=self.c_visit,
-                c_scale=default_c_scale(self.action_space, self.n_sampled_actions) if self.c_scale is None else self.c_scale,
+                c_scale=(0.3 if all_actions else 0.1) if self.c_scale is None else self.c_scale,
                 gamma=self.gamma,
-                improved_value=improved_value,
+                improved_value=all_actions if self.search_value is None else self.search_value == "improved",
             ),
             **self.policy_kwargs,
         )
@@ -490,16 +490,15 @@ class EZV2(ResumableAlgorithm):
             actions = actions.astype(self.action_space.dtype)
         actions, stored = actions.copy(), best.cpu().numpy().copy()  # the search keeps its own
         if (eps := self._get_exploration_eps()) > 0:
-            random = np.flatnonzero(self._generators["acting"].random(n_envs) < eps)
-            for env in random:
+            for env in np.flatnonzero(self._generators["acting"].random(n_envs) < eps):
                 actions[env] = self.action_space.sample()
-            stored[random] = self.policy.from_env_actions(actions[random])
+                stored[env] = self.policy.from_env_actions(actions[env : env + 1])[0]
         return actions, stored
 
     def _get_exploration_eps(self) -> float:
         if self.exploration_eps is not None:
             return self.exploration_eps
-        return 0.05 if isinstance(self.action_space, spaces.Discrete) else 0.0
+        return 0.05 if searches_all_actions(self.action_space, self.n_sampled_actions) else 0.0
 
     def _store_transition(
         self,

@@ -57,24 +57,21 @@ class SearchSettings(NamedTuple):
     improved_value: bool = False
 
 
-def default_c_scale(action_space: spaces.Space, n_sampled_actions: int) -> float:
+def searches_all_actions(action_space: spaces.Space, n_sampled_actions: int) -> bool:
     """
     :param action_space: of the environment
     :param n_sampled_actions: candidates at the root
-    :return: ``c_scale`` of None: 0.1 (Table 3) where the root's candidates are drawn from the policy with equal priors, so
-        that sigma alone weights them; 0.3 where the priors are the policy's own, which sigma improves refresh by refresh
+    :return: whether all actions are candidates, with the policy's logits as priors, and not a sample with equal priors.
+        Three defaults differ:
+
+        - ``c_scale``: 0.1 (Table 3) for a sample, which sigma alone weights; 0.3 where it improves the policy's own priors
+          refresh by refresh
+        - ``search_value``: sequential halving gives each of two actions half of the simulations, so that their mean
+          (Eq. 10) is the value of a policy that takes the worse one every second time
+        - ``exploration_eps``: a sample is in part drawn from a flattened policy, which explores
     """
     if sizes := category_sizes(action_space):
-        return 0.1 if are_sampled(sizes, n_sampled_actions) else 0.3
-    return 0.3 if isinstance(action_space, spaces.Discrete) else 0.1
-
-
-def improves_value(action_space: spaces.Space) -> bool:
-    """
-    :param action_space: of the environment
-    :return: ``improved_value`` where ``search_value`` is None. Sequential halving gives each of two actions half of the
-        simulations, so that their mean (Eq. 10) is the value of a policy that takes the worse one every second time.
-    """
+        return not are_sampled(sizes, n_sampled_actions)
     return isinstance(action_space, spaces.Discrete)
 
 

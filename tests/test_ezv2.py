@@ -18,6 +18,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ezv2 import EZV2
+from sb3_ezv2.search import SearchResult
 
 ACTION_SPACES = [
     spaces.Discrete(3),
@@ -290,8 +291,53 @@ def test_any_number_of_envs_stores_each_episode_apart() -> None:
         (spaces.MultiDiscrete([3, 2]), 0.1),
     ],
 )
-def test_the_scale_of_sigma_follows_the_roots_priors(action_space: spaces.Space, expected: float) -> None:
+def test_searches_of_all_actions_have_settings_of_their_own(action_space: spaces.Space, expected: float) -> None:
     model = make(SpacesEnv(BOX, action_space))
-    assert model.c_scale is None
-    assert [search.settings.c_scale for search in (model.policy.search, model.policy.target_search)] == [expected] * 2
+    assert model.c_scale is None and model.search_value is None and model.exploration_eps is None
+    for search in (model.policy.search, model.policy.target_search):
+        assert search.settings.c_scale == expected
+        assert search.settings.improved_value == (expected == 0.3)
     assert make(SpacesEnv(BOX, action_space), c_scale=0.7).policy.search.settings.c_scale == 0.7
+    for value in ("mean", "improved"):
+        search = make(SpacesEnv(BOX, action_space), search_value=value).policy.search
+        assert search.settings.improved_value == (value == "improved")
+
+
+class _TakenActions(gym.Wrapper):
+    """Remembers the actions that were taken."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.actions: list[np.ndarray] = []
+
+    def step(self, action: Any) -> Any:
+        self.actions.append(np.array(action))
+        return super().step(action)
+
+
+@pytest.mark.parametrize("action_space", [spaces.Discrete(3, start=5), spaces.Box(-1.0, 3.0, (2,), np.float32)], ids=str)
+@pytest.mark.parametrize("eps", [0.0, 0.5, 1.0, None])
+def test_a_share_of_the_actions_is_random_while_learning(action_space: spaces.Space, eps: float | None) -> None:
+    discrete = isinstance(action_space, spaces.Discrete)
+    env = _TakenActions(SpacesEnv(BOX, action_space))
+    model = make(env, learning_starts=50, exploration_eps=eps, gradient_steps=0)
+    searched, act = [], model.policy.act
+
+    def recording(*args: Any) -> SearchResult:
+        result = act(*args)
+        searched.append(result.best().numpy().copy())
+        return result
+
+    model.policy.act = recording  # type: ignore[method-assign,assignment]
+    model.learn(450)
+    buffer = model.replay_buffer
+    assert buffer is not None and len(searched) == 400
+    taken = np.stack(env.actions)
+    taken = taken - 5 if discrete else (taken + 1) / 2 - 1
+    # What is stored is what was done, whoever chose it
+    stored = buffer.actions[np.flatnonzero(buffer.kinds[: int(buffer.written[0])] == 0)]
+    np.testing.assert_allclose(stored.reshape(taken.shape), taken, atol=1e-6)
+    differs = np.abs(taken[50:] - np.concatenate(searched)).reshape(400, -1).max(1) > 1e-5
+    share = (0.05 if discrete else 0.0) if eps is None else eps
+    expected = share * 2 / 3 if discrete else share  # one of three random actions is that of the search
+    assert abs(differs.mean() - expected) <= 3.5 * np.sqrt(expected * (1 - expected) / 400)

@@ -403,6 +403,37 @@ def test_the_best_candidate_is_found() -> None:
         assert (result.value < -distance.amin(1) + 1e-6).all()
 
 
+@kinds
+def test_improved_value_is_the_mean_of_q_under_the_improved_policy(space: spaces.Space) -> None:
+    network, obs = make_network(space), observations(6)
+    settings = SearchSettings(16, 5, 2)
+    mean = GumbelSearch(network, settings).run(obs, np.random.default_rng(0))
+    search = GumbelSearch(network, settings._replace(improved_value=True))
+    improved = search.run(obs, np.random.default_rng(0))
+    # the same search, and another value of it
+    assert identical(mean._replace(value=improved.value), improved)
+    assert not th.allclose(mean.value, improved.value, atol=1e-4)
+    nodes, _ = search.last_tree()
+    for root in range(6):
+        children = np.flatnonzero(nodes["parent"][root] == 0)
+        assert len(children) == 5  # all were visited, so that there is nothing to complete
+        policy = improved.policy[root].numpy()[nodes["action"][root, children]]
+        assert improved.value[root].item() == pytest.approx((policy * nodes["q"][root, children]).sum(), rel=1e-4, abs=1e-5)
+
+
+def test_improved_value_by_hand() -> None:
+    """Two candidates whose q are 1 and 0, with 16 of 32 simulations each; the improved policy takes the better one."""
+    between = 0.0
+    model = ConstantPolicyModel(th.zeros(2), lambda state, action: (action[:, 0] > between).float())
+    settings = SearchSettings(32, 2, 1, gamma=0.0, c_scale=1.0)
+    candidates = GumbelSearch(model, settings).run(th.zeros(1, 1), np.random.default_rng(0)).candidates
+    assert candidates is not None
+    between = candidates.mean().item()
+    for improved, expected in ((False, 16 / 33), (True, 1.0)):
+        search = GumbelSearch(model, settings._replace(improved_value=improved))
+        assert search.run(th.zeros(1, 1), np.random.default_rng(0)).value.item() == pytest.approx(expected, abs=1e-6)
+
+
 def test_search_based_value_by_hand() -> None:
     """Two simulations of one candidate: (v0 + (r + g v1) + (r + g (r + g v1))) / 3, see Eq. 10 and 11."""
     model = ConstantPolicyModel(th.zeros(2), lambda state, action: th.full((len(state),), 2.0))
