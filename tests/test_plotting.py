@@ -92,7 +92,11 @@ def test_the_nodes_are_those_of_the_search(kind: str, native: bool, monkeypatch:
             known[node], reward, value, _ = network.recurrent_inference(known[int(parent[node])], action)
             assert tree["reward"][node] == pytest.approx(float(reward), rel=1e-4, abs=1e-4)
             assert tree["network_value"][node] == pytest.approx(float(value), rel=1e-4, abs=1e-4)
-        assert tree["value"][0] == pytest.approx(float(result.value[root]), rel=1e-4, abs=1e-5)
+        expected = tree["value"][0]
+        if search.settings.improved_value:  # all actions were tried
+            first = np.flatnonzero(parent == 0)
+            expected = (result.policy[root].numpy()[tree["action"][first]] * q[first]).sum()
+        assert float(result.value[root]) == pytest.approx(expected, rel=1e-4, abs=1e-5)
         assert (actions is None) == (result.candidates is None) == (kind == "discrete")
         if actions is not None and result.candidates is not None:
             assert (actions[root, 0] == 0).all()
