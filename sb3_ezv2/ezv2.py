@@ -44,8 +44,8 @@ class EZV2(ResumableAlgorithm):
     Paper: https://arxiv.org/abs/2403.00564
 
     The defaults are those of the paper's Table 3 for state inputs, except for the discount, the value targets and their
-    networks, ``c_scale`` of Discrete actions, the supports, the replay's size, start and priorities, and the search cache:
-    see the documentation.
+    networks, the supports, the replay's size, start and priorities, the search cache and, for Discrete actions, ``c_scale``,
+    ``search_value`` and ``exploration_eps``: see the documentation.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
