@@ -52,7 +52,7 @@ class EZV2(ResumableAlgorithm):
     :param learning_rate: learning rate, it can be a function of the current progress remaining (from 1 to 0)
     :param buffer_size: size of the replay buffer, in observations
     :param learning_starts: how many steps of random actions to collect before learning starts
-    :param exploration_eps: share of random actions afterwards, while learning. None: 0.05 for Discrete actions, 0 for Box, of
+    :param exploration_eps: share of random actions afterwards, while learning. None: 0.1 for Discrete actions, 0 for Box, of
         which some candidates are drawn from a flattened policy; the paper has 0
     :param batch_size: sequences in a batch
     :param gamma: the discount factor of one step of the environment; the paper has 0.997 per frame, of which an action that is
@@ -498,7 +498,7 @@ class EZV2(ResumableAlgorithm):
     def _get_exploration_eps(self) -> float:
         if self.exploration_eps is not None:
             return self.exploration_eps
-        return 0.05 if searches_all_actions(self.action_space, self.n_sampled_actions) else 0.0
+        return 0.1 if searches_all_actions(self.action_space, self.n_sampled_actions) else 0.0
 
     def _store_transition(
         self,

@@ -338,6 +338,6 @@ def test_a_share_of_the_actions_is_random_while_learning(action_space: spaces.Sp
     stored = buffer.actions[np.flatnonzero(buffer.kinds[: int(buffer.written[0])] == 0)]
     np.testing.assert_allclose(stored.reshape(taken.shape), taken, atol=1e-6)
     differs = np.abs(taken[50:] - np.concatenate(searched)).reshape(400, -1).max(1) > 1e-5
-    share = (0.05 if discrete else 0.0) if eps is None else eps
+    share = (0.1 if discrete else 0.0) if eps is None else eps
     expected = share * 2 / 3 if discrete else share  # one of three random actions is that of the search
     assert abs(differs.mean() - expected) <= 3.5 * np.sqrt(expected * (1 - expected) / 400)
