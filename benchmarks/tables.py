@@ -99,9 +99,15 @@ def _evaluations(curves: Iterable[Curve], steps: Sequence[int] | None) -> list[i
     return list(steps) if steps else sorted({row["step"] for curve in curves for row in curve.rows})
 
 
-def _seconds(curves: Sequence[Curve]) -> str:
-    """Mean seconds of training."""
-    return f"{np.mean([curve.last['train_seconds'] for curve in curves]):.0f}"
+def _last_shown(curve: Curve, columns: Sequence[int]) -> Row:
+    """:return: the latest evaluation that has a column; of a run without one, its last"""
+    shown = (curve.at(step) for step in sorted(columns, reverse=True))
+    return next((row for row in shown if row is not None), curve.last)
+
+
+def _seconds(curves: Sequence[Curve], columns: Sequence[int]) -> str:
+    """Mean seconds of training, up to the evaluations that are shown."""
+    return f"{np.mean([_last_shown(curve, columns)['train_seconds'] for curve in curves]):.0f}"
 
 
 def _commits(curves: Iterable[Curve]) -> str:
@@ -122,7 +128,7 @@ def runs_table(
     :param head: what they are called by, for the table's head
     :param steps: of the evaluations that are shown; None: all
     :param std_digits: digits of the standard deviation after the point
-    :param recorded: names of logged values whose last ones are shown
+    :param recorded: names of logged values, shown as they were at the last of these evaluations
     :return: the table
     """
     tasks, names = (ordered(values) for values in ([curve.task for curve in curves], [curve.name for curve in curves]))
@@ -133,8 +139,8 @@ def runs_table(
         cells: list[object] = [curve.task] * (len(tasks) > 1) + [curve.name] * (len(names) > 1) + [curve.seed]
         for row in map(curve.at, columns):
             cells.append("" if row is None else f"{row['mean']:.1f} ± {row['std']:.{std_digits}f}")
-        cells.append(_seconds([curve]))
-        values = json.loads(curve.last["recorded"] or "{}")
+        cells.append(_seconds([curve], columns))
+        values = json.loads(_last_shown(curve, columns)["recorded"] or "{}")
         cells += ["" if values.get(name) is None else f"{values[name]:.3g}" for name in recorded]
         lines.append([*cells, _commits([curve])])
     return markdown(lines)
@@ -168,7 +174,7 @@ def labels_table(curves: Sequence[Curve], head: str = "label", steps: Sequence[i
                 means = [row["mean"] for curve in seeds if (row := curve.at(step)) is not None]
                 some = f" ({len(means)} of {len(seeds)})" if 0 < len(means) < len(seeds) else ""
                 cells.append(_mean_and_range(means) + some if means else "")
-            lines.append([*cells, _seconds(seeds), _commits(seeds)])
+            lines.append([*cells, _seconds(seeds, columns), _commits(seeds)])
     return markdown(lines)
 
 

@@ -64,6 +64,8 @@ def test_a_row_per_run(tmp_path: Path) -> None:
     lines = filled(tmp_path, "table: one steps=20,1000 std=2 recorded=search/reused,no/such seeds=1")
     assert lines[0] == "| seed | 20 | 1,000 | training, s | search/reused | no/such | commit |"
     assert lines[2] == "| 1 |  |  | 5 | 0.975 |  | def5678 |"
+    # Time up to what is shown, not to the end of the run
+    assert filled(tmp_path, "table: one steps=10 seeds=0")[2] == "| 0 | 1.0 ± 1 | 5 | abc1234 |"
     write(out, [(20, 2.0)], label="other")
     write(out, [(20, 2.0)], task=WALKER)
     lines = filled(tmp_path, "table: one head=variant names=other:another only=another,ezv2")
@@ -87,6 +89,8 @@ def test_a_row_per_variant(tmp_path: Path) -> None:
         "| off | 2 | 2.0 [1.0, 3.0] | 4.0 (1 of 2) | 8 | abc1234, def5678 |",
         "| on | 2 | 2.0 [1.0, 3.0] | 5.0 [4.0, 6.0] | 10 | abc1234 |",
     ]
+    lines = filled(tmp_path, "table: a/* form=labels by=folder head=cache steps=10")
+    assert lines[3] == "| on | 2 | 2.0 [1.0, 3.0] | 5 | abc1234 |"
 
 
 def test_a_row_per_task_beside_the_paper(tmp_path: Path) -> None:
