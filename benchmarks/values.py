@@ -46,7 +46,7 @@ def along_episodes(model: EZV2, env_id: str, episodes: int, seed: int, longest: 
         returns[step] = following
     flat = th.as_tensor(np.concatenate(observations))
     with th.no_grad():
-        values = model.policy.network.eval().values(flat).numpy().reshape(-1, episodes)
+        values = model.policy.averaged_network.values(flat).numpy().reshape(-1, episodes)
     lengths = np.isfinite(rewards).sum(0)
     print(f"lengths {lengths.tolist()}, undiscounted returns {np.nansum(rewards, 0).round(1).tolist()}")
     print("step: mean value / mean discounted return that followed, of the episodes that are still running")
@@ -69,7 +69,7 @@ def by_age(model: EZV2) -> None:
         chosen = rng.choice(group, min(len(group), 400), replace=False)
         batch = buffer.sequences(chosen, env=model._vec_normalize_env, unroll_steps=0)
         with th.no_grad():
-            values = model.policy.network.eval().values(batch.observations[:, 0])
+            values = model.policy.averaged_network.values(batch.observations[:, 0])
         targets = reanalyzer.td_values(batch)[:, 0]
         searched = model.policy.search.run(batch.observations[:, 0], None).value
         share = buffer.weights[group].sum() / buffer.weights.sum()
@@ -94,7 +94,7 @@ def before_terminations(model: EZV2, steps: int = 5) -> None:
     if not ended.any():
         return
     with th.no_grad():
-        values = model.policy.network.eval().values(batch.observations[ended, 0]).numpy()
+        values = model.policy.averaged_network.values(batch.observations[ended, 0]).numpy()
     searched = model.policy.search.run(batch.observations[ended, 0], None).value.numpy()
     ages, returns = batch.ages[ended], batch.returns[ended, 0].numpy()
     print(f"within {steps} steps of a termination, by age: value, search-based value, observed return (n)")

@@ -46,7 +46,7 @@ class PolicyHead(nn.Module):
         super().__init__()
         if not isinstance(policy, Ezv2Policy):
             raise TypeError(f"the policy of an EZV2 agent is needed (model.policy), not {type(policy).__name__}.")
-        network = copy.deepcopy(policy.network).cpu().requires_grad_(False).eval()
+        network = copy.deepcopy(policy.averaged_network).cpu().requires_grad_(False).eval()
         self.network = network
         space = policy.action_space
         self.box = isinstance(space, spaces.Box)

@@ -25,7 +25,13 @@ from sb3_ezv2.policies import PREFIX_WINDOW, CnnPolicy, Ezv2Policy, MlpPolicy, M
 from sb3_ezv2.reanalyze import Reanalyzer, learns_best_action
 from sb3_ezv2.replay_buffer import SequenceReplayBuffer
 from sb3_ezv2.resumable import OpenRollout, ResumableAlgorithm
-from sb3_ezv2.schedules import LONGEST_TARGET_UPDATE_INTERVAL, learning_rate_factor, plan_run, planned_updates
+from sb3_ezv2.schedules import (
+    LONGEST_TARGET_UPDATE_INTERVAL,
+    averaging_weight,
+    learning_rate_factor,
+    plan_run,
+    planned_updates,
+)
 from sb3_ezv2.search import SearchSettings, searches_all_actions
 from sb3_ezv2.validation import (
     check_finite,
@@ -45,7 +51,7 @@ class EZV2(ResumableAlgorithm):
 
     The defaults are those of the paper's Table 3 for state inputs, except for the discount, the value targets and their
     networks, the supports, the replay's size, start and priorities, the search cache and, for Discrete actions, ``c_scale``,
-    ``search_value`` and ``exploration_eps``: see the documentation.
+    ``search_value`` and ``exploration_eps``, and for the average of the weights that evaluates: see the documentation.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -85,6 +91,8 @@ class EZV2(ResumableAlgorithm):
         least 300
     :param fresh_transitions: newest transitions that keep n-step values (T2 of Eq. 16); None: 10% of the planned
         steps, at least 500
+    :param average_fraction: :meth:`predict` searches with an average of the weights after each update, whose mean age is this
+        share of the updates so far, at most 0.5; 0: with the newest weights alone, as in the paper
     :param acting_update_interval: updates between two refreshes of the network that collects data
     :param target_update_interval: updates between two refreshes of the network that reanalyzes; None: 0.2% of the planned
         ones, 48 to 400
@@ -181,6 +189,7 @@ class EZV2(ResumableAlgorithm):
         policy_target: str = "auto",
         exploration_eps: float | None = None,
         search_value: str | None = None,
+        average_fraction: float = 0.05,
         replay_buffer_class: type[ReplayBuffer] | None = None,
         replay_buffer_kwargs: dict[str, Any] | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -250,6 +259,7 @@ class EZV2(ResumableAlgorithm):
         self.policy_target = policy_target
         self.exploration_eps = exploration_eps
         self.search_value = search_value
+        self.average_fraction = average_fraction
 
         self._warmup_updates = 0
         self._target_update_interval = LONGEST_TARGET_UPDATE_INTERVAL
@@ -604,6 +614,7 @@ class EZV2(ResumableAlgorithm):
             self._update_priorities(batch.slots[:, 0], value_errors, stamps)
 
             self._n_updates += 1
+            policy.average(averaging_weight(self._n_updates, self.average_fraction))
             if self.tau < 1.0:
                 policy.follow(self.tau)
             if self._n_updates % self.acting_update_interval == 0:

@@ -158,7 +158,7 @@ def search_tree(
     return SearchTree(
         action=int(result.action[0]),
         candidates=None if result.candidates is None else _unscale(policy, result.candidates[0]),
-        prior=_prior(policy.network, obs, result),
+        prior=_prior(policy.averaged_network, obs, result),
         policy=result.policy[0].cpu().numpy(),
         visits=visits,
         q=q,
@@ -240,7 +240,7 @@ def imagine(agent: Any, episode: Episode, start: int = 0, steps: int = 20) -> Im
     :return: what was imagined and what happened
     :raises ValueError: ``start`` is no step of the episode, or ``steps`` is not positive
     """
-    network = policy_of(agent).network
+    network = policy_of(agent).averaged_network
     length = len(episode.rewards)
     if not 0 <= start < length or steps < 1:
         raise ValueError(
@@ -278,7 +278,7 @@ def episode_errors(agent: Any, episode: Episode, n_simulations: int | None = Non
     :return: what the agent expected at each step, and what came
     """
     policy = policy_of(agent)
-    network = policy.network
+    network = policy.averaged_network
     obs = apply(lambda x: x[:-1], episode.observations)
     search = policy.search_with(n_simulations).run(obs, None)
     state, _, _ = network.initial_inference(obs)

@@ -267,7 +267,7 @@ def _draw_line(figure: Any, policy: Ezv2Policy, observation: Any, tree: SearchTr
     grid = np.linspace(-0.995, 0.995, 400, dtype=np.float32)
     obs, _ = policy.obs_to_tensor(observation)
     with th.no_grad():
-        gaussian = SquashedGaussian(policy.network.initial_inference(obs)[2])
+        gaussian = SquashedGaussian(policy.averaged_network.initial_inference(obs)[2])
         density = gaussian.log_prob(th.from_numpy(grid)[:, None].to(gaussian.mean.device)).exp().cpu().numpy()
     density *= 2 / (high - low) if high > low else 1.0  # per unit of the environment's actions
     markers, _, _ = policy_axis.stem(actions, tree.policy, linefmt="C0-", markerfmt="C0o", basefmt="none")

@@ -33,8 +33,9 @@ class Ezv2Policy(BasePolicy):
     """
     Base of EZV2's policies, which act by a search with the model that they hold.
 
-    A policy owns four copies of the model: ``network`` is trained and serves :meth:`predict`; ``acting_network`` collects
-    data; ``target_network`` reanalyzes; ``bootstrap_network`` follows ``network`` slowly and ends the n-step windows.
+    A policy owns five copies of the model: ``network`` is trained; ``averaged_network``, an average of its weights over the
+    latest updates, serves :meth:`predict`; ``acting_network`` collects data; ``target_network`` reanalyzes;
+    ``bootstrap_network`` follows ``network`` slowly and ends the n-step windows.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -110,10 +111,11 @@ class Ezv2Policy(BasePolicy):
         self.network = self._make_network()
         if isinstance(reward_scale, (int, float)):
             self.network.set_reward_scale(reward_scale)
+        self.averaged_network = _frozen_copy(self.network)
         self.acting_network = _frozen_copy(self.network)
         self.target_network = _frozen_copy(self.network)
         self.bootstrap_network = _frozen_copy(self.network)
-        self.search = GumbelSearch(self.network, self.search_settings, bfloat16=search_dtype == "bfloat16")
+        self.search = GumbelSearch(self.averaged_network, self.search_settings, bfloat16=search_dtype == "bfloat16")
         self.acting_search = GumbelSearch(self.acting_network, self.search_settings, bfloat16=search_dtype == "bfloat16")
         self.target_search = GumbelSearch(self.target_network, self.search_settings, bfloat16=search_dtype == "bfloat16")
         # Of predict() with other numbers of simulations, each with a tree and storage of its own
@@ -202,7 +204,7 @@ class Ezv2Policy(BasePolicy):
 
     def networks(self) -> list[BaseNetwork]:
         """:return: the trained network and its copies"""
-        return [self.network, self.acting_network, self.target_network, self.bootstrap_network]
+        return [self.network, self.averaged_network, self.acting_network, self.target_network, self.bootstrap_network]
 
     def predict(
         self,
@@ -213,7 +215,7 @@ class Ezv2Policy(BasePolicy):
         n_simulations: int | None = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
-        Actions by search with the trained network, or by its policy head alone.
+        Actions by search with the averaged network, or by its policy head alone.
 
         :param observation: one, or a batch of them
         :param state: not used, as in SB3's policies without a memory
@@ -237,7 +239,7 @@ class Ezv2Policy(BasePolicy):
     def search_with(self, n_simulations: int | None = None) -> GumbelSearch:
         """
         :param n_simulations: of each search, at least 1; None: as many as in training
-        :return: a search with the trained network; the same one whenever the number is
+        :return: a search with the averaged network; the same one whenever the number is
         :raises ValueError: ``n_simulations`` is not a positive integer
         """
         if n_simulations is None or n_simulations == self.search_settings.n_simulations:
@@ -245,13 +247,18 @@ class Ezv2Policy(BasePolicy):
         check_integer("n_simulations", n_simulations, 1, " or None")
         if n_simulations not in self._other_searches:
             settings = self.search_settings._replace(n_simulations=int(n_simulations))
-            self._other_searches[n_simulations] = GumbelSearch(self.network, settings, bfloat16=self.search.bfloat16)
+            self._other_searches[n_simulations] = GumbelSearch(self.averaged_network, settings, bfloat16=self.search.bfloat16)
         return self._other_searches[n_simulations]
 
     @th.no_grad()
     def follow(self, tau: float) -> None:
         """The bootstrap network's weights and running statistics move towards the trained ones. :param tau: by what share"""
         get_ema_multi_avg_fn(1 - tau)(self.bootstrap_network.float_tensors(), self.network.float_tensors(), None)
+
+    @th.no_grad()
+    def average(self, weight: float) -> None:
+        """The trained weights and running statistics enter the averaged network's. :param weight: their share of it"""
+        get_ema_multi_avg_fn(1 - weight)(self.averaged_network.float_tensors(), self.network.float_tensors(), None)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         return self._predict(obs, deterministic=deterministic)
@@ -273,7 +280,7 @@ class Ezv2Policy(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
-        Search with the trained network; in a call of :meth:`predict` with as many simulations as that says.
+        Search with the averaged network; in a call of :meth:`predict` with as many simulations as that says.
 
         :param observation: [B, ...]
         :param deterministic: no noise: the result depends on the observation and the weights alone. Otherwise a search with
@@ -303,7 +310,7 @@ class Ezv2Policy(BasePolicy):
         :return: int64 [B], int64 [B, D] of ``MultiDiscrete`` actions, or [B, A] in [-1, 1]
         :raises ValueError: the network gave NaN or infinite values
         """
-        network = self.network.eval()
+        network = self.averaged_network
         head = network.policy_head(network.represent(obs))
         if not th.isfinite(head).all():
             raise ValueError("the policy head's outputs for the observations are NaN or infinite")

@@ -1,4 +1,4 @@
-"""What follows the planned length of a run: settings that are None, and the learning rate."""
+"""What follows the planned length of a run or the updates so far: settings that are None, the learning rate, averaging."""
 
 from __future__ import annotations
 
@@ -89,3 +89,18 @@ def learning_rate_factor(n_updates: int, warmup_updates: int, decay_updates: int
     """
     warmup = min(1.0, (n_updates + 1) / max(1, warmup_updates))
     return warmup if decay_updates is None else warmup * decay_factor ** (n_updates // decay_updates)
+
+
+def averaging_weight(n_updates: int, fraction: float) -> float:
+    """
+    Of a power-function average (Karras et al. 2024, https://arxiv.org/abs/2312.02696, Sec. 3.1): weights of update s count
+    with s**e, so that the window grows with the run. Their mean age is 1 / (e + 2) of the updates so far.
+
+    :param n_updates: updates so far, the newest included, at least 1
+    :param fraction: that mean age, at most 0.5 (all weights count alike); 0: the newest weights alone
+    :return: share of the newest weights in the average
+    """
+    if fraction == 0:
+        return 1.0
+    exponent = 1 / fraction - 2
+    return 1 - (1 - 1 / n_updates) ** (exponent + 1)

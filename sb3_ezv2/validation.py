@@ -270,6 +270,7 @@ def check_settings(settings: dict[str, Any]) -> None:
         _check_number(name, settings[name], 0, 1)
     for name in ("tau", "lr_decay_factor"):
         _check_number(name, settings[name], 0, 1, open_low=True)
+    _check_number("average_fraction", settings["average_fraction"], 0, 0.5)
     for name in ("flat_std_scale", "max_grad_norm"):
         _check_number(name, settings[name], 0, math.inf, open_low=True)
     for name in (

@@ -43,6 +43,8 @@ from sb3_ezv2 import EZV2
         (dict(c_scale=float("inf")), "c_scale"),
         (dict(exploration_eps=1.5), "exploration_eps must be a finite number at least 0 and at most 1, not 1.5"),
         (dict(exploration_eps=False), "exploration_eps"),
+        (dict(average_fraction=0.6), "average_fraction must be a finite number at least 0 and at most 0.5, not 0.6"),
+        (dict(average_fraction=None), "average_fraction"),
         (dict(search_value="max"), "search_value must be one of 'mean', 'improved', not 'max'"),
         (dict(priority_alpha=-0.1), "priority_alpha"),
         (dict(vf_coef="much"), "vf_coef must be a finite number"),

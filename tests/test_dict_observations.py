@@ -138,7 +138,7 @@ def test_the_exported_head_and_the_tree(tmp_path: Path) -> None:
     model = make(make_env(actions))
     generator = th.Generator().manual_seed(1)
     with th.no_grad():
-        for parameter in model.policy.network.parameters():
+        for parameter in model.policy.averaged_network.parameters():
             parameter.add_(0.3 * th.randn(parameter.shape, generator=generator))
     obs = observations(8)
     expected, _ = model.predict(obs, deterministic=True, n_simulations=0)

@@ -38,7 +38,7 @@ def agent(action_space: spaces.Space, observation_space: spaces.Space = BOX, noi
     model = EZV2(policy, SpacesEnv(observation_space, action_space), seed=0, **{**TINY, "policy_kwargs": sizes, **settings})
     generator = th.Generator().manual_seed(1)
     with th.no_grad():
-        for parameter in model.policy.network.parameters():
+        for parameter in model.policy.averaged_network.parameters():
             parameter.add_(noise * th.randn(parameter.shape, generator=generator))
     return model
 
@@ -52,7 +52,7 @@ def observations(space: spaces.Space, count: int = 6) -> Any:
 
 
 def head_outputs(model: EZV2, obs: np.ndarray) -> th.Tensor:
-    network = model.policy.network.eval()
+    network = model.policy.averaged_network
     with th.no_grad():
         return network.policy_head(network.represent(th.as_tensor(obs)))
 
@@ -111,7 +111,10 @@ def test_deterministic_actions_depend_on_observation_and_weights_alone(kind: str
     np.testing.assert_array_equal(twin.predict(obs, deterministic=True, n_simulations=n_simulations)[0], first)
     # and they follow the weights
     with th.no_grad():
-        for parameter in (*model.policy.network.policy_head.parameters(), *model.policy.network.value_head.parameters()):
+        for parameter in (
+            *model.policy.averaged_network.policy_head.parameters(),
+            *model.policy.averaged_network.value_head.parameters(),
+        ):
             parameter.neg_()
     assert not np.array_equal(model.predict(obs, deterministic=True, n_simulations=n_simulations)[0], first)
 
@@ -188,7 +191,7 @@ def test_a_wrong_number_of_simulations_is_refused(wrong: Any) -> None:
 def test_broken_weights_are_told_without_a_search_too() -> None:
     model, obs = agent(ACTIONS["discrete"]), observations(BOX)
     with th.no_grad():
-        next(model.policy.network.policy_head.parameters()).fill_(np.nan)
+        next(model.policy.averaged_network.policy_head.parameters()).fill_(np.nan)
     with pytest.raises(ValueError, match="NaN or infinite"):
         model.predict(obs, n_simulations=0)
 
@@ -236,7 +239,7 @@ def test_the_exported_head_acts_as_the_policy_without_a_search(case: str, tmp_pa
     heads = [PolicyHead(model.policy), th.export.load(tmp_path / "head.pt2").module(), th.jit.load(tmp_path / "head.pt")]
     # they are copies
     with th.no_grad():
-        for parameter in model.policy.network.parameters():
+        for parameter in model.policy.averaged_network.parameters():
             parameter.zero_()
     for head in heads:
         for rows in (slice(0, 6), slice(3, 4)):

@@ -18,6 +18,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ezv2 import EZV2
+from sb3_ezv2.schedules import averaging_weight
 from sb3_ezv2.search import SearchResult
 
 ACTION_SPACES = [
@@ -341,3 +342,64 @@ def test_a_share_of_the_actions_is_random_while_learning(action_space: spaces.Sp
     share = (0.1 if discrete else 0.0) if eps is None else eps
     expected = share * 2 / 3 if discrete else share  # one of three random actions is that of the search
     assert abs(differs.mean() - expected) <= 3.5 * np.sqrt(expected * (1 - expected) / 400)
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.5])
+def test_the_average_grows_with_the_run(fraction: float) -> None:
+    """The mean age of what is averaged is the same share of the updates so far, whenever it is looked at."""
+    average_of_steps = 0.0
+    for update in range(1, 5001):
+        weight = averaging_weight(update, fraction)
+        assert 0 < weight <= 1
+        average_of_steps += weight * (update - average_of_steps)
+        if update in (1000, 5000):
+            assert 1 - average_of_steps / update == pytest.approx(fraction, rel=0.06)
+    assert averaging_weight(1, fraction) == 1  # nothing is left of the weights before training
+    assert averaging_weight(7, 0) == 1
+    assert averaging_weight(4, 0.5) == 0.25  # all count alike
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_predictions_are_those_of_the_averaged_weights(env_id: str, tmp_path: Path) -> None:
+    model = make(env_id, average_fraction=0.3, learning_rate=1e-2)
+    policy, seen = model.policy, []
+    average = policy.average
+
+    def recording(weight: float) -> None:
+        average(weight)
+        seen.append([x.detach().double().clone() for x in policy.network.float_tensors()])
+
+    policy.average = recording  # type: ignore[method-assign]
+    model.learn(60)
+    # by hand: a weighted mean of all weights after an update
+    weights = np.ones(len(seen))
+    for update in range(2, len(seen) + 1):
+        share = 1 - (1 - 1 / update) ** (1 / 0.3 - 1)
+        weights[: update - 1] *= 1 - share
+        weights[update - 1] = share
+    assert len(seen) == model._n_updates == 20 and weights.sum() == pytest.approx(1)
+    for index, tensor in enumerate(policy.averaged_network.float_tensors()):
+        expected = sum(w * tensors[index] for w, tensors in zip(weights, seen))
+        th.testing.assert_close(tensor.double(), expected, rtol=1e-4, atol=1e-6)
+    # prediction asks that network, with and without a search, in the agent, in a file, and in nothing else
+    obs = np.stack([model.observation_space.sample() for _ in range(3)])
+    before = [model.predict(obs, deterministic=True, n_simulations=n)[0] for n in (None, 0)]
+    del policy.average
+    model.save(tmp_path / "agent")
+    with th.no_grad():
+        for parameter in policy.network.parameters():
+            parameter.zero_()
+    for agent in (model, EZV2.load(tmp_path / "agent")):
+        after = [agent.predict(obs, deterministic=True, n_simulations=n)[0] for n in (None, 0)]
+        np.testing.assert_array_equal(after, before)
+
+
+def test_without_averaging_predictions_are_those_of_the_trained_weights() -> None:
+    model = make("CartPole-v1", average_fraction=0.0).learn(60)
+    for averaged, trained in zip(model.policy.averaged_network.float_tensors(), model.policy.network.float_tensors()):
+        assert th.equal(averaged, trained)
+    other = make("CartPole-v1", average_fraction=0.5).learn(60)
+    # what is averaged changes nothing of the training
+    for ours, theirs in zip(model.policy.network.float_tensors(), other.policy.network.float_tensors()):
+        assert th.equal(ours, theirs)
+    assert not all(map(th.equal, other.policy.averaged_network.parameters(), model.policy.network.parameters()))

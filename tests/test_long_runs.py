@@ -105,9 +105,9 @@ def test_policy_copies_are_independent() -> None:
         np.testing.assert_array_equal(policy.predict(observations, deterministic=True)[0], expected)
         # it searches with its own weights, and what becomes of them leaves the agent alone
         agents, _ = model.predict(observations, deterministic=True)
-        for parameter in policy.network.policy_head.parameters():
+        for parameter in policy.averaged_network.policy_head.parameters():
             th.nn.init.normal_(parameter)
-        assert policy.search.model is policy.network
+        assert policy.search.model is policy.averaged_network
         assert not np.array_equal(policy.predict(observations, deterministic=True)[0], expected)
         np.testing.assert_array_equal(model.predict(observations, deterministic=True)[0], agents)
 

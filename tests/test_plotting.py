@@ -60,7 +60,7 @@ def test_the_nodes_are_those_of_the_search(kind: str, native: bool, monkeypatch:
     if not native:
         monkeypatch.setattr(sb3_ezv2.search, "NATIVE_MAX_ROOTS", 0)
     model = thinker(ACTIONS[kind])
-    network, search = model.policy.network.eval().requires_grad_(False), model.policy.search
+    network, search = model.policy.averaged_network, model.policy.search
     with pytest.raises(RuntimeError, match="run"):
         search.last_tree()
     obs = th.as_tensor(np.stack([OBSERVATION, -OBSERVATION, 0 * OBSERVATION]))
@@ -251,7 +251,7 @@ def test_a_played_episode_is_what_happened(kind: str, truncates: bool) -> None:
 
     errors = episode_errors(model, episode)
     with th.no_grad():
-        values = model.policy.network.values(episode.observations).numpy()
+        values = model.policy.averaged_network.values(episode.observations).numpy()
     ending = values[-1] if truncates else 0.0
     # by hand, from each step to the end
     for step in range(11):
@@ -283,7 +283,7 @@ def test_an_imagined_rollout_is_the_model_unrolled(observation_space: spaces.Box
         settings = {**model.policy_kwargs, "value_prefix": True, "lstm_dim": 8}
         model = thinker(observation_space=observation_space, policy_kwargs=settings)
     episode = play(model, SpacesEnv(observation_space, ACTIONS["discrete"]), seed=0)
-    network = model.policy.network
+    network = model.policy.averaged_network
     rollout = imagine(model, episode, start=2, steps=4)
     with th.no_grad():
         real = network.represent(episode.observations[2:7]).flatten(1)

@@ -112,7 +112,7 @@ def test_a_features_extractor_of_ones_own(space: spaces.Space) -> None:
     # it is learned with the rest, and the copies of the network have copies of it
     assert not any(th.equal(x, y) for x, y in zip(before, network.features_extractor.parameters()))
     extractors = [x.features_extractor for x in model.policy.networks()]  # type: ignore[union-attr]
-    assert len({id(x) for x in extractors}) == 4 and all(isinstance(x, Tower) for x in extractors)
+    assert len({id(x) for x in extractors}) == 5 and all(isinstance(x, Tower) for x in extractors)
     loaded = reload(model, env=vec_env(observations=space))
     assert isinstance(loaded.policy.network.features_extractor, Tower)
     assert th.equal(weights(loaded), weights(model))

@@ -143,7 +143,7 @@ def test_predicting_changes_no_weight_no_statistic_and_no_optimizer(policy: str)
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_training_and_evaluation_mode(policy: str) -> None:
-    """With a learning rate of 0 only the running statistics of the trained network move."""
+    """With a learning rate of 0 only the running statistics of the trained network, and their average, move."""
     model = agent(policy, learning_rate=0.0, tau=1.0).learn(10)
     before = {name: x.clone() for name, x in model.policy.state_dict().items()}
     modes: list[list[bool]] = []
@@ -155,12 +155,12 @@ def test_training_and_evaluation_mode(policy: str) -> None:
 
     model.policy.optimizer.step = spy  # type: ignore[method-assign, assignment]
     model.learn(3, reset_num_timesteps=False)
-    assert modes == 3 * [[True, False, False, False]] and not model.policy.training
+    assert modes == 3 * [[True, False, False, False, False]] and not model.policy.training
     moved = {name for name, x in model.policy.state_dict().items() if not th.equal(x, before[name])}
     kinds = ("running_mean", "running_var", "num_batches_tracked", "normalizer.mean", "normalizer.var", "normalizer.batches")
     scales = {name for name in moved if name.endswith("support.scale")}
     assert len(moved) > len(scales)
-    assert all(name.startswith("network.") and name.endswith(kinds) for name in moved - scales), moved
+    assert all(name.startswith(("network.", "averaged_network.")) and name.endswith(kinds) for name in moved - scales), moved
 
 
 @pytest.mark.parametrize("policy", POLICIES)
