@@ -32,6 +32,7 @@ SETTINGS = {**TINY, "policy_kwargs": SIZES, "batch_size": 8, "learning_starts": 
 
 
 def make(space: spaces.Space = GREY, actions: spaces.Space = ACTION_SPACES[0], n_stack: int = 1, **settings: Any) -> EZV2:
+    actions = copy.deepcopy(actions)  # each agent seeds its own
     env: Any = DummyVecEnv([partial(SpacesEnv, space, actions, length) for length in (7, 11)])
     env.seed(0)
     if n_stack > 1:

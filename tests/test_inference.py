@@ -399,7 +399,7 @@ def test_an_agent_predicts_with_the_weights_of_now() -> None:
         obs = th.zeros(2, 3)
         assert th.equal(clone.search.run(obs, None).value, model.policy.search.run(obs, None).value)
         with th.no_grad():
-            clone.network.dynamics.joint[1].weight.mul_(2)
+            clone.averaged_network.dynamics.joint[1].weight.mul_(2)
         assert not th.equal(clone.search.run(obs, None).value, model.policy.search.run(obs, None).value)
 
 
