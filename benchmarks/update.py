@@ -266,6 +266,7 @@ def measure(
     finally:
         clock.stop()
     median = clock.median
+    followers = len(clock.times["follow"]) / len(clock.times["_update"])  # copies that follow the network at each update
     row = {
         "obs": obs,
         "device": model.device.type,
@@ -275,7 +276,7 @@ def measure(
         "targets_ms": median("targets") - median("run"),
         "search_ms": median("run"),
         "forward_backward_ms": median("compute_losses") + median("backward"),
-        "optimizer_ms": median("clip_grad_norm_") + median("step") + median("follow"),
+        "optimizer_ms": median("clip_grad_norm_") + median("step") + followers * median("follow"),
         "update_ms": median("_update") + median("_set_fresh_priorities"),
         "floor_ms": (rest + statistics.median(searched) * per_state) / rate,
         # not printed

@@ -614,9 +614,9 @@ class EZV2(ResumableAlgorithm):
             self._update_priorities(batch.slots[:, 0], value_errors, stamps)
 
             self._n_updates += 1
-            policy.average(averaging_weight(self._n_updates, self.average_fraction))
+            policy.follow(policy.averaged_network, averaging_weight(self._n_updates, self.average_fraction))
             if self.tau < 1.0:
-                policy.follow(self.tau)
+                policy.follow(policy.bootstrap_network, self.tau)
             if self._n_updates % self.acting_update_interval == 0:
                 policy.acting_network.load_state_dict(network.state_dict())
             if refreshes:

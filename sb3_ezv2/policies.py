@@ -251,14 +251,9 @@ class Ezv2Policy(BasePolicy):
         return self._other_searches[n_simulations]
 
     @th.no_grad()
-    def follow(self, tau: float) -> None:
-        """The bootstrap network's weights and running statistics move towards the trained ones. :param tau: by what share"""
-        get_ema_multi_avg_fn(1 - tau)(self.bootstrap_network.float_tensors(), self.network.float_tensors(), None)
-
-    @th.no_grad()
-    def average(self, weight: float) -> None:
-        """The trained weights and running statistics enter the averaged network's. :param weight: their share of it"""
-        get_ema_multi_avg_fn(1 - weight)(self.averaged_network.float_tensors(), self.network.float_tensors(), None)
+    def follow(self, follower: BaseNetwork, share: float) -> None:
+        """A copy's weights and running statistics move towards the trained ones. :param share: 1: they become these"""
+        get_ema_multi_avg_fn(1 - share)(follower.float_tensors(), self.network.float_tensors(), None)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         return self._predict(obs, deterministic=deterministic)
@@ -310,7 +305,7 @@ class Ezv2Policy(BasePolicy):
         :return: int64 [B], int64 [B, D] of ``MultiDiscrete`` actions, or [B, A] in [-1, 1]
         :raises ValueError: the network gave NaN or infinite values
         """
-        network = self.averaged_network
+        network = self.averaged_network.eval()
         head = network.policy_head(network.represent(obs))
         if not th.isfinite(head).all():
             raise ValueError("the policy head's outputs for the observations are NaN or infinite")

@@ -18,6 +18,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ezv2 import EZV2
+from sb3_ezv2.networks import BaseNetwork
 from sb3_ezv2.schedules import averaging_weight
 from sb3_ezv2.search import SearchResult
 
@@ -363,13 +364,14 @@ def test_the_average_grows_with_the_run(fraction: float) -> None:
 def test_predictions_are_those_of_the_averaged_weights(env_id: str, tmp_path: Path) -> None:
     model = make(env_id, average_fraction=0.3, learning_rate=1e-2)
     policy, seen = model.policy, []
-    average = policy.average
+    follow = policy.follow
 
-    def recording(weight: float) -> None:
-        average(weight)
-        seen.append([x.detach().double().clone() for x in policy.network.float_tensors()])
+    def recording(follower: BaseNetwork, share: float) -> None:
+        follow(follower, share)
+        if follower is policy.averaged_network:
+            seen.append([x.detach().double().clone() for x in policy.network.float_tensors()])
 
-    policy.average = recording  # type: ignore[method-assign]
+    policy.follow = recording  # type: ignore[method-assign]
     model.learn(60)
     # by hand: a weighted mean of all weights after an update
     weights = np.ones(len(seen))
@@ -384,7 +386,7 @@ def test_predictions_are_those_of_the_averaged_weights(env_id: str, tmp_path: Pa
     # prediction asks that network, with and without a search, in the agent, in a file, and in nothing else
     obs = np.stack([model.observation_space.sample() for _ in range(3)])
     before = [model.predict(obs, deterministic=True, n_simulations=n)[0] for n in (None, 0)]
-    del policy.average
+    del policy.follow
     model.save(tmp_path / "agent")
     with th.no_grad():
         for parameter in policy.network.parameters():
