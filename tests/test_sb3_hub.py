@@ -102,7 +102,9 @@ def test_a_whole_package(tmp_path: Path, repository: Path, monkeypatch: pytest.M
     results = json.loads((packed / "results.json").read_text())
     assert results["n_eval_episodes"] == 2 and results["is_deterministic"] and np.isfinite(results["mean_reward"])
     card = hub.ModelCard.load(packed / "README.md")
-    assert card.data.library_name == "stable-baselines3" and {"CartPole-v1", "reinforcement-learning"} <= set(card.data.tags)
+    assert card.data.to_dict()["library_name"] == "stable-baselines3" and {"CartPole-v1", "reinforcement-learning"} <= set(
+        card.data.tags
+    )
     assert card.data.eval_results[0].metric_value == f"{results['mean_reward']:.2f} +/- {results['std_reward']:.2f}"
 
     loaded = EZV2.load(packed / name.filename, device="cpu")
