@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import pickle
+import textwrap
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -135,9 +136,10 @@ def unreadable(path: Any, error: BaseException) -> ValueError:
     :param error: one of :data:`READ_ERRORS`
     :return: the same in a sentence
     """
+    cause = textwrap.shorten(str(error), 200, placeholder=" ...")  # PyTorch lists every weight that is missing
     return ValueError(
         f"{file_name(path)} is damaged, or of another version of sb3-ezv2, PyTorch or Stable-Baselines3 "
-        f"({type(error).__name__}: {error})"
+        f"({type(error).__name__}: {cause})"
     )
 
 
