@@ -109,6 +109,8 @@ class EZV2(ResumableAlgorithm):
     :param policy_coef: weight of the policy loss (lambda_2)
     :param vf_coef: weight of the value loss (lambda_3)
     :param consistency_coef: weight of the consistency loss (lambda_4)
+    :param observation_coef: states, not images: weight of the squared error of the next observations, normalised, as a linear
+        layer tells them from the imagined states; the paper has no such loss
     :param ent_coef: weight of the policy's entropy
     :param max_grad_norm: the maximum value for the gradient clipping
     :param final_gradient_steps: extra updates after the last step of ``learn()``
@@ -190,6 +192,7 @@ class EZV2(ResumableAlgorithm):
         exploration_eps: float | None = None,
         search_value: str | None = None,
         average_fraction: float = 0.05,
+        observation_coef: float = 0.0,
         replay_buffer_class: type[ReplayBuffer] | None = None,
         replay_buffer_kwargs: dict[str, Any] | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -260,6 +263,7 @@ class EZV2(ResumableAlgorithm):
         self.exploration_eps = exploration_eps
         self.search_value = search_value
         self.average_fraction = average_fraction
+        self.observation_coef = observation_coef
 
         self._warmup_updates = 0
         self._target_update_interval = LONGEST_TARGET_UPDATE_INTERVAL
@@ -287,6 +291,11 @@ class EZV2(ResumableAlgorithm):
         check_normalizer(self._vec_normalize_env, self.observation_space)
         check_settings(self.__dict__)
         all_actions = searches_all_actions(self.action_space, self.n_sampled_actions)
+        policy_kwargs = dict(self.policy_kwargs)
+        if self.observation_coef > 0:
+            if not issubclass(self.policy_class, MlpPolicy):
+                raise ValueError("observation_coef is for observations without images: use observation_coef=0.")
+            policy_kwargs["predicts_observations"] = True
         self._convert_train_freq()
         self._setup_lr_schedule()
         restored, sampled_space = self._generators, copy.deepcopy(self.action_space)
@@ -311,7 +320,7 @@ class EZV2(ResumableAlgorithm):
                 gamma=self.gamma,
                 improved_value=all_actions if self.search_value is None else self.search_value == "improved",
             ),
-            **self.policy_kwargs,
+            **policy_kwargs,
         )
         self.policy = self.policy.to(self.device)
         if self.policy.value_prefix and self.unroll_steps < PREFIX_WINDOW:
@@ -597,6 +606,7 @@ class EZV2(ResumableAlgorithm):
                 policy_coef=self.policy_coef,
                 vf_coef=self.vf_coef,
                 consistency_coef=self.consistency_coef,
+                observation_coef=self.observation_coef,
                 ent_coef=self.ent_coef,
                 bfloat16=policy.trains_in_bfloat16,
             )
@@ -629,6 +639,7 @@ class EZV2(ResumableAlgorithm):
                     "train/policy_loss": losses.policy,
                     "train/value_loss": losses.value,
                     "train/consistency_loss": losses.consistency,
+                    **({"train/observation_loss": losses.observation} if self.observation_coef > 0 else {}),
                     "train/policy_entropy": losses.entropy.detach(),
                     "train/value_error": losses.value_error.mean(),
                     "train/grad_norm": grad_norm,

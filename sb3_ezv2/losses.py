@@ -43,6 +43,7 @@ class Losses(NamedTuple):
     :param policy: cross-entropy of the policy (Eq. 8 or 9)
     :param value: cross-entropy of the values
     :param consistency: negative cosine similarity (Eq. 4)
+    :param observation: mean squared error of the observations, normalised, told from imagined states; 0 if they are not
     :param entropy: mean entropy of the policy, per step
     :param value_error: [B] absolute value errors at the sequences' starts, in the units of the rewards
     """
@@ -52,6 +53,7 @@ class Losses(NamedTuple):
     policy: th.Tensor
     value: th.Tensor
     consistency: th.Tensor
+    observation: th.Tensor
     entropy: th.Tensor
     value_error: th.Tensor
 
@@ -68,6 +70,7 @@ class Losses(NamedTuple):
             "policy loss": self.policy,
             "value loss": self.value,
             "consistency loss": self.consistency,
+            "observation loss": self.observation,
             "policy's entropy": self.entropy,
             "value error": self.value_error.sum(),
             "gradient": grad_norm,
@@ -102,6 +105,7 @@ def compute_losses(
     policy_coef: float = 1.0,
     vf_coef: float = 0.25,
     consistency_coef: float = 2.0,
+    observation_coef: float = 0.0,
     ent_coef: float = 5e-3,
     bfloat16: bool = False,
 ) -> Losses:
@@ -119,6 +123,7 @@ def compute_losses(
     :param policy_coef: lambda_2
     :param vf_coef: lambda_3
     :param consistency_coef: lambda_4
+    :param observation_coef: weight of the observation loss, of a network with an ``observation_head``; 0: there is none
     :param ent_coef: weight of the entropy bonus
     :param bfloat16: matrix products and convolutions in bfloat16 (autocast); the weights and the losses are float32
     :return: see :class:`Losses`
@@ -136,6 +141,7 @@ def compute_losses(
         with th.no_grad():
             following = apply(lambda x: x[:, 1:].transpose(0, 1).flatten(0, 1), batch.observations)
             observed = network.project(network.represent(following))
+        told = network.observation_head(states[1:].flatten(0, 1)) if network.observation_head is not None else None
 
     value_logits = value_out.float().unflatten(0, (steps + 1, size)).transpose(0, 1)  # [B, U + 1, bins]
     value = _sum(network.value_support.cross_entropy(value_logits, targets.values), targets.value_mask)
@@ -163,6 +169,13 @@ def compute_losses(
     per_sequence = (
         reward_coef * reward + policy_coef * policy + vf_coef * value + consistency_coef * consistency - ent_coef * entropy
     )
+    observation = th.zeros_like(reward)
+    if told is not None:
+        with th.no_grad():
+            features = network.observation_targets(following)
+        errors = (told.float() - features).square().mean(-1).unflatten(0, (steps, size)).transpose(0, 1)
+        observation = _sum(errors, batch.observed[:, 1:])
+        per_sequence = per_sequence + observation_coef * observation
     weights = batch.weights
 
     def mean(loss: th.Tensor) -> th.Tensor:
@@ -177,6 +190,7 @@ def compute_losses(
         policy=mean(policy).detach(),
         value=mean(value).detach(),
         consistency=mean(consistency).detach(),
+        observation=mean(observation).detach(),
         entropy=mean_entropy,
         value_error=value_error,
     )

@@ -213,11 +213,14 @@ class BaseNetwork(nn.Module):
     dynamics: nn.Module
     projection: nn.Sequential
     projection_predictor: nn.Sequential
+    observation_head: nn.Linear | None
+    """From imagined states to what :meth:`observation_targets` gives of the observations; usually none."""
 
     def __init__(self, observation_space: spaces.Space, action_space: spaces.Space, normalize_images: bool = True):
         super().__init__()
         self.observation_space = observation_space
         self.normalize_images = normalize_images
+        self.observation_head = None
         self.discrete = isinstance(action_space, spaces.Discrete)
         self.category_sizes = category_sizes(action_space)
         if isinstance(action_space, spaces.Discrete):
@@ -337,6 +340,10 @@ class BaseNetwork(nn.Module):
         value = self.value_support.decode(self.value_head(state))
         return packed, (prefix - before).squeeze(1), value, self.policy_head(state)
 
+    def observation_targets(self, obs: PyTorchObs) -> th.Tensor:
+        """:param obs: [B, ...] :return: [B, F], what :attr:`observation_head` shall tell of the states that follow"""
+        raise NotImplementedError
+
     @property
     def state_shape(self) -> tuple[int, ...]:
         """Of one state."""
@@ -373,6 +380,7 @@ class Ezv2Network(BaseNetwork):
     :param normalize_images: as in SB3's policies
     :param prefix_window: steps of a window of the value prefix; 0: the reward head predicts rewards
     :param lstm_dim: width of the value prefix's LSTM
+    :param predicts_observations: there is an :attr:`observation_head`
     """
 
     dynamics: Dynamics
@@ -392,6 +400,7 @@ class Ezv2Network(BaseNetwork):
         normalize_images: bool = True,
         prefix_window: int = 0,
         lstm_dim: int = 512,
+        predicts_observations: bool = False,
     ):
         super().__init__(observation_space, action_space, normalize_images)
         self.state_dim = state_dim
@@ -419,6 +428,8 @@ class Ezv2Network(BaseNetwork):
         self.policy_head = Head(trunk(), state_dim, net_arch, self.policy_outputs)
         self.projection = projection_mlp(state_dim, projection_dim, projection_dim, state_dim)
         self.projection_predictor = projection_mlp(state_dim, projection_dim, state_dim)
+        if predicts_observations:
+            self.observation_head = nn.Linear(state_dim, features_extractor.features_dim)
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -430,6 +441,9 @@ class Ezv2Network(BaseNetwork):
 
     def represent(self, obs: PyTorchObs) -> th.Tensor:
         return self.representation(self.normalizer(self.features(obs)))
+
+    def observation_targets(self, obs: PyTorchObs) -> th.Tensor:
+        return self.normalizer(self.features(obs))
 
     def update_statistics(self, obs: PyTorchObs, observed: th.Tensor) -> None:
         with th.no_grad():

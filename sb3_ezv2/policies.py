@@ -78,6 +78,7 @@ class Ezv2Policy(BasePolicy):
         lstm_dim: int,
         search_dtype: str,
         train_dtype: str,
+        predicts_observations: bool = False,
         features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -107,6 +108,7 @@ class Ezv2Policy(BasePolicy):
         self.lstm_dim = lstm_dim
         self.search_dtype = search_dtype
         self.train_dtype = train_dtype
+        self.predicts_observations = predicts_observations
         self._check_settings()
         self.network = self._make_network()
         if isinstance(reward_scale, (int, float)):
@@ -367,6 +369,7 @@ class MlpPolicy(Ezv2Policy):
         its effect on learning is not known
     :param train_dtype: ``"bfloat16"``: matrix products and convolutions of training in bfloat16 (autocast), where the
         processor has it; weights, losses and the optimizer stay float32
+    :param predicts_observations: a head tells observations from imagined states, given by the algorithm (``observation_coef``)
     :param features_extractor_class: Features extractor to use; None: ``FlattenExtractor``, or of ``Dict`` observations
         ``CombinedExtractor``, which flattens and joins them
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
@@ -395,6 +398,7 @@ class MlpPolicy(Ezv2Policy):
         lstm_dim: int = 512,
         search_dtype: str = "float32",
         train_dtype: str = "float32",
+        predicts_observations: bool = False,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -422,6 +426,7 @@ class MlpPolicy(Ezv2Policy):
             lstm_dim=lstm_dim,
             search_dtype=search_dtype,
             train_dtype=train_dtype,
+            predicts_observations=predicts_observations,
             features_extractor_class=features_extractor_class,
             features_extractor_kwargs=features_extractor_kwargs,
             normalize_images=normalize_images,
@@ -438,16 +443,23 @@ class MlpPolicy(Ezv2Policy):
                 check_vectors(self.observation_space)
 
     def _make_network(self) -> BaseNetwork:
+        extractor = self.make_features_extractor()
+        if self.predicts_observations and any(True for _ in extractor.parameters()):
+            raise ValueError(
+                f"observation_coef is for features that stay what they are, but {type(extractor).__name__} learns: "
+                "use observation_coef=0."
+            )
         return Ezv2Network(
             self.observation_space,
             self.action_space,
-            self.make_features_extractor(),
+            extractor,
             net_arch=self.net_arch,
             value_support=self.value_support,
             reward_support=self.reward_support,
             normalize_images=self.normalize_images,
             prefix_window=self.prefix_window,
             lstm_dim=self.lstm_dim,
+            predicts_observations=self.predicts_observations,
             **self.sizes,
         )
 
@@ -456,6 +468,7 @@ class MlpPolicy(Ezv2Policy):
         data.update(
             features_extractor_class=self.features_extractor_class,
             features_extractor_kwargs=self.features_extractor_kwargs,
+            predicts_observations=self.predicts_observations,
         )
         return data
 

@@ -57,7 +57,7 @@ def check_policy(policy_class: type, base: type, kwargs: dict[str, Any]) -> None
     known = inspect.signature(policy_class).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return
-    given = ("observation_space", "action_space", "lr_schedule", "search_settings")
+    given = ("observation_space", "action_space", "lr_schedule", "search_settings", "predicts_observations")
     for name in kwargs:
         if name not in known or name in given:
             reason = POLICY_OPTIONS.get(name, f"it has {', '.join(x for x in known if x not in given)}.")
@@ -281,6 +281,7 @@ def check_settings(settings: dict[str, Any]) -> None:
         "policy_coef",
         "vf_coef",
         "consistency_coef",
+        "observation_coef",
         "ent_coef",
     ):
         _check_number(name, settings[name], 0, math.inf)

@@ -15,9 +15,10 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_ezv2 import EZV2
+from sb3_ezv2 import EZV2, MlpPolicy
 from sb3_ezv2.networks import BaseNetwork
 from sb3_ezv2.schedules import averaging_weight
 from sb3_ezv2.search import SearchResult
@@ -405,3 +406,51 @@ def test_without_averaging_predictions_are_those_of_the_trained_weights() -> Non
     for ours, theirs in zip(model.policy.network.float_tensors(), other.policy.network.float_tensors()):
         assert th.equal(ours, theirs)
     assert not all(map(th.equal, other.policy.averaged_network.parameters(), model.policy.network.parameters()))
+
+
+def test_observations_are_predicted_on_request(tmp_path: Path) -> None:
+    plain = make("Pendulum-v1").learn(60)
+    assert plain.policy.network.observation_head is None and "train/observation_loss" not in plain.logger.name_to_value
+    model = make("Pendulum-v1", observation_coef=10.0, learning_rate=3e-3)
+    told: list[float] = []
+    count = model._count
+
+    def recording(stats: dict[str, th.Tensor]) -> None:
+        count(stats)
+        if "train/observation_loss" in stats:
+            told.append(float(stats["train/observation_loss"]))
+
+    model._count = recording  # type: ignore[method-assign]
+    model.learn(400)
+    assert len(told) == model._n_updates == 360 and np.mean(told[-20:]) < 0.3 * np.mean(told[:5])
+    del model._count
+    model.save(tmp_path / "agent")
+    model.policy.save(str(tmp_path / "policy"))
+    obs = np.stack([model.observation_space.sample() for _ in range(3)])
+    expected = model.predict(obs, deterministic=True)[0]
+    loaded, policy = EZV2.load(tmp_path / "agent"), MlpPolicy.load(str(tmp_path / "policy"))
+    assert loaded.observation_coef == 10 and loaded.policy.network.observation_head is not None
+    assert policy.predicts_observations
+    for agent in (loaded, policy):
+        np.testing.assert_array_equal(agent.predict(obs, deterministic=True)[0], expected)
+    loaded.set_env(make_vec_env("Pendulum-v1"))
+    loaded.learn(60)
+
+
+class _Learned(FlattenExtractor):
+    """Features that change in training."""
+
+    def __init__(self, observation_space: spaces.Space):
+        super().__init__(observation_space)
+        self.layer = th.nn.Linear(self.features_dim, self.features_dim)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.layer(super().forward(observations))
+
+
+def test_what_cannot_be_predicted() -> None:
+    with pytest.raises(ValueError, match="observation_coef is for features that stay what they are, but _Learned learns"):
+        make(
+            "Pendulum-v1", observation_coef=1.0, policy_kwargs={**TINY["policy_kwargs"], "features_extractor_class": _Learned}
+        )
+    make("Pendulum-v1", policy_kwargs={**TINY["policy_kwargs"], "features_extractor_class": _Learned})

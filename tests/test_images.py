@@ -258,6 +258,11 @@ def test_dictionaries_that_do_not_work(members: dict[str, spaces.Space], message
         EZV2("MultiInputPolicy", SpacesEnv(spaces.Dict(members), ACTION_SPACES[0]), **SETTINGS)  # type: ignore[arg-type]
 
 
+def test_images_are_not_predicted() -> None:
+    with pytest.raises(ValueError, match="observation_coef is for observations without images"):
+        EZV2("CnnPolicy", SpacesEnv(GREY, ACTION_SPACES[0]), observation_coef=1.0, **SETTINGS)
+
+
 def test_policy_classes_of_the_other_kind() -> None:
     """Given as classes they pass SB3's own check of the names."""
     with pytest.raises(ValueError, match="take MultiInputPolicy"):

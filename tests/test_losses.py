@@ -30,7 +30,9 @@ KINDS = pytest.mark.parametrize("space", [DISCRETE, BOX], ids=["discrete", "box"
 NO_COEFS: dict[str, Any] = dict(reward_coef=0.0, policy_coef=0.0, vf_coef=0.0, consistency_coef=0.0, ent_coef=0.0)
 
 
-def make_network(space: spaces.Space, seed: int = 0, trained: bool = True, width: int = 16) -> Ezv2Network:
+def make_network(
+    space: spaces.Space, seed: int = 0, trained: bool = True, width: int = 16, predicts_observations: bool = False
+) -> Ezv2Network:
     """:param trained: no last layer is zero"""
     th.manual_seed(seed)
     network = Ezv2Network(
@@ -44,6 +46,7 @@ def make_network(space: spaces.Space, seed: int = 0, trained: bool = True, width
         projection_dim=width,
         value_support=SupportSpec(50.0, 21, "h"),
         reward_support=SupportSpec(10.0, 21, "symexp"),
+        predicts_observations=predicts_observations,
     )
     network.set_reward_scale(2.0)
     if trained:
@@ -384,6 +387,29 @@ def test_the_consistency_target_has_no_gradient() -> None:
     losses = losses_of(network, batch._replace(observations=observations), targets)
     (gradient,) = th.autograd.grad(losses.total, observations)
     assert (gradient[:, 0] != 0).any() and (gradient[:, 1:] == 0).all()
+
+
+@KINDS
+def test_the_observation_loss_by_hand(space: spaces.Space) -> None:
+    network = make_network(space, predicts_observations=True).train()
+    assert network.observation_head is not None
+    batch, targets = make_data(space)
+    network.update_statistics(batch.observations, batch.observed)
+    plain = losses_of(network, batch, targets)
+    losses = losses_of(network, batch, targets, observation_coef=3.0)
+    with th.no_grad():
+        states, expected = unroll(network, batch), 0.0
+        for b in range(6):
+            for k in range(1, 4):
+                if batch.observed[b, k]:
+                    normalised = network.normalizer(batch.observations[b, k])
+                    told = network.observation_head(states[k, b])
+                    expected += float(batch.weights[b] * (told - normalised).square().mean()) / (6 * 3)
+    assert losses.observation == plain.observation == pytest.approx(expected, rel=1e-5)
+    assert (losses.total - plain.total).item() == pytest.approx(3 * expected, rel=1e-4)
+    found = gradients(losses.total - plain.total, network)
+    reached = {name.split(".")[0] for name, gradient in found.items() if gradient.abs().max() > 1e-4}
+    assert reached == {"representation", "dynamics", "observation_head"}
 
 
 def test_consistency_is_at_least_minus_one_per_step() -> None:

@@ -28,7 +28,7 @@ def make(env: Any = "CartPole-v1", **settings: Any) -> EZV2:
 
 def make_losses(**fields: th.Tensor) -> Losses:
     zero = th.zeros(())
-    scalars = {name: zero for name in ("total", "reward", "policy", "value", "consistency", "entropy")}
+    scalars = {name: zero for name in ("total", "reward", "policy", "value", "consistency", "observation", "entropy")}
     return Losses(**{**scalars, "value_error": th.tensor([0.5, 2.0]), **fields})
 
 
@@ -40,6 +40,7 @@ def test_read() -> None:
         ("reward", "reward loss"),
         ("policy", "policy loss"),
         ("value", "value loss"),
+        ("observation", "observation loss"),
         ("entropy", "policy's entropy"),
     ):
         assert make_losses(**{field: nan}).read(th.ones(()))[1] == name
