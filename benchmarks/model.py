@@ -11,6 +11,8 @@ observation and the actions alone.
 Then, at states of the agent's own episodes, what a search needs: candidate actions ranked by the model (reward and value of
 the next state) and by the simulator, which makes each of them and goes on with the policy head. The simulator returns to a
 state by repeating the episode's actions (:class:`sb3_ezv2.wrappers.Resumable`).
+
+The model is the one that predicts: the averaged weights. Observations are vectors, actions ``Discrete`` or ``Box``.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from benchmarks.envs import make_vec_env
 from benchmarks.provenance import commit, machine
-from sb3_ezv2 import EZV2
+from sb3_ezv2 import EZV2, MlpPolicy
 
 BETWEEN = 15
 """Steps of an episode from one state that is looked at to the next."""
@@ -56,7 +58,7 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 def on_stored_sequences(model: EZV2, size: int, rng: np.random.Generator) -> None:
     """Print how the unrolled model compares with what was stored. :param size: sequences"""
-    buffer, network = model.replay_buffer, model.policy.network.eval()
+    buffer, network = model.replay_buffer, model.policy.averaged_network
     assert buffer is not None
     starts = np.flatnonzero(buffer.weights > 0)
     batch = buffer.sequences(rng.choice(starts, min(size, len(starts)), replace=False), env=model._vec_normalize_env)
@@ -85,7 +87,7 @@ def candidates(model: EZV2, policy: th.Tensor, count: int, rng: np.random.Genera
     :param policy: [1, outputs] of the policy head
     :return: all actions, int64 [K], or for ``Box`` [count, A] drawn as a search does, the first of them the policy's mode
     """
-    network = model.policy.network
+    network = model.policy.averaged_network
     if isinstance(model.action_space, spaces.Discrete):
         return th.arange(int(model.action_space.n))
     drawn, _ = model.policy.search._sample_candidates(policy, rng)
@@ -100,7 +102,7 @@ def simulate(model: EZV2, copies: DummyVecEnv, actions: th.Tensor, horizon: int)
     :param actions: the first action of each, [K] or [K, A]; the policy head chooses the others
     :return: rewards [horizon, K], 0 after an episode's end; the network's values of the first next states [K], 0 if terminal
     """
-    network, rewards, running = model.policy.network, np.zeros((horizon, len(actions))), np.ones(len(actions), bool)
+    network, rewards, running = model.policy.averaged_network, np.zeros((horizon, len(actions))), np.ones(len(actions), bool)
     for step in range(horizon):
         obs, reward, over, infos = copies.step(_to_env(model, actions))
         rewards[step] = np.where(running, reward, 0.0)
@@ -116,7 +118,7 @@ def simulate(model: EZV2, copies: DummyVecEnv, actions: th.Tensor, horizon: int)
 
 def at_own_states(model: EZV2, env_id: str, repeat: int, states: int, horizon: int, rng: np.random.Generator) -> None:
     """Print how the model ranks candidate actions, and how the simulator does. :param horizon: steps that it makes"""
-    network, gamma = model.policy.network.eval(), model.gamma
+    network, gamma = model.policy.averaged_network, model.gamma
     env = make_vec_env(env_id, 1, repeat)
     env.seed(int(rng.integers(2**31)))
     obs, step, copies = env.reset(), 0, None
@@ -185,6 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"there is no agent.zip in {options.checkpoints} or its folders.")
     folder = found[-1].parent
     model = EZV2.load(folder / "agent.zip", device="cpu")
+    vectors = isinstance(model.observation_space, spaces.Box) and isinstance(model.policy, MlpPolicy)
+    if not (vectors and isinstance(model.action_space, (spaces.Discrete, spaces.Box))):
+        parser.error("only agents with vectors as observations and Discrete or Box actions can be looked at.")
     model.load_replay_buffer(folder / "replay_buffer.pkl")
     rng = np.random.default_rng(options.seed)
     print(f"{options.env}, {model.num_timesteps} steps, {model._n_updates} updates; {machine()}; {commit()}")

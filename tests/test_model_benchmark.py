@@ -31,6 +31,22 @@ def test_rank_correlation() -> None:
     assert np.isnan(benchmark.rank_correlation(x, np.ones(4)))
 
 
+def test_the_simulator_makes_the_candidates() -> None:
+    agent = EZV2("MlpPolicy", make_vec_env("Pendulum-v1", 1), n_simulations=4, seed=0, device="cpu", policy_kwargs=SIZES)
+    env, copies = make_vec_env("Pendulum-v1", 1), make_vec_env("Pendulum-v1", 3)
+    env.seed(0)
+    env.reset()
+    for action in (0.5, -1.0):
+        obs, *_ = env.step(np.full((1, 1), action, np.float32))
+    assert isinstance(obs, np.ndarray)
+    assert all(copy.restore(env.envs[0].snapshot()) for copy in copies.envs)  # type: ignore[attr-defined]
+    rewards, values = benchmark.simulate(agent, copies, th.tensor([[-1.0], [0.0], [0.5]]), 4)
+    angle, torque = np.arctan2(obs[0, 1], obs[0, 0]), 2 * np.array([-1.0, 0.0, 0.5])  # actions are scaled to [-1, 1]
+    expected = -(angle**2 + 0.1 * obs[0, 2] ** 2 + 0.001 * torque**2)
+    np.testing.assert_allclose(rewards[0], expected, rtol=1e-5)
+    assert rewards.shape == (4, 3) and len(set(rewards[2])) == 3 and values.shape == (3,)
+
+
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
 def test_a_saved_agent(env_id: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     agent = EZV2(
@@ -48,6 +64,7 @@ def test_a_saved_agent(env_id: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     linear = [float(line.split()[-1]) for line in steps]
     assert 0.8 < linear[0] <= 1 and linear[1] <= linear[0]  # the true dynamics are nearly linear in one step
     values = dict(line.strip().rsplit(": ", 1) for line in printed.splitlines() if ": " in line and "correlation of r" in line)
+    assert len(values) == 3
     assert all(-1 <= float(value) <= 1 for value in values.values() if value not in ("-", "nan"))
     with pytest.raises(SystemExit):
         benchmark.main([str(tmp_path / "nothing"), "--env", env_id])
