@@ -90,7 +90,7 @@ def candidates(model: EZV2, policy: th.Tensor, count: int, rng: np.random.Genera
     network = model.policy.averaged_network
     if isinstance(model.action_space, spaces.Discrete):
         return th.arange(int(model.action_space.n))
-    drawn, _ = model.policy.search._sample_candidates(policy, rng)
+    drawn, _ = model.policy.search.sample_candidates(policy, rng)
     drawn = drawn[0, :count].clone()
     drawn[0] = network.mode(policy)[0]
     return drawn

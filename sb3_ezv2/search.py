@@ -194,7 +194,7 @@ class GumbelSearch:
                 gumbel = rng.gumbel(size=(num_roots, self.num_root_actions)).astype(np.float32)
         else:
             if self._multi is None:
-                candidates, noise = self._sample_candidates(policy, rng)
+                candidates, noise = self.sample_candidates(policy, rng)
             else:
                 candidates, logits, gumbel = self._multi.at_root(policy, rng)
                 root_logits = _to_numpy(logits)
@@ -288,11 +288,12 @@ class GumbelSearch:
                 candidates = SquashedGaussian(policy.unsqueeze(1)).sample(noise[simulation])
                 inner_actions[simulation].copy_(candidates.flatten(0, 1))
 
-    def _sample_candidates(self, policy: th.Tensor, rng: np.random.Generator | None) -> tuple[th.Tensor, th.Tensor]:
+    def sample_candidates(self, policy: th.Tensor, rng: np.random.Generator | None) -> tuple[th.Tensor, th.Tensor]:
         """
-        All noise of a batch of Box searches is drawn at once, from a key that the generator draws.
+        The actions that a Box search compares. All noise of a batch is drawn at once, from a key that the generator draws.
 
         :param policy: [B, 2A] output of the policy head at the roots
+        :param rng: of the noise; None: the fixed noise of a deterministic search
         :return: root candidates [B, K, A]; standard normal noise of the inner nodes, broadcastable to [S, B, M, A]
         """
         settings = self.settings

@@ -411,6 +411,9 @@ def test_without_averaging_predictions_are_those_of_the_trained_weights() -> Non
 def test_observations_are_predicted_on_request(tmp_path: Path) -> None:
     plain = make("Pendulum-v1").learn(60)
     assert plain.policy.network.observation_head is None and "train/observation_loss" not in plain.logger.name_to_value
+    plain.observation_coef = 10.0
+    with pytest.raises(ValueError, match="this agent was made with observation_coef=0"):
+        plain.learn(60)
     model = make("Pendulum-v1", observation_coef=10.0, learning_rate=3e-3)
     told: list[float] = []
     count = model._count
