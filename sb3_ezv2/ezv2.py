@@ -50,8 +50,10 @@ class EZV2(ResumableAlgorithm):
     Paper: https://arxiv.org/abs/2403.00564
 
     The defaults are those of the paper's Table 3 for state inputs, except for the discount, the value targets and their
-    networks, the supports, the replay's size, start and priorities, the search cache and, for Discrete actions, ``c_scale``,
-    ``search_value`` and ``exploration_eps``, and for the average of the weights that evaluates: see the documentation.
+    networks, the target network's refreshes, the supports, the replay's size, start and priorities, the search cache, the
+    averaged weights of :meth:`predict` and, for Discrete actions, ``c_scale``, ``search_value`` and ``exploration_eps``: see
+    the documentation. MultiDiscrete and MultiBinary actions have the defaults of Discrete ones where there are at most
+    ``n_sampled_actions`` of them, so that a search looks at all, and otherwise those of Box.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -109,14 +111,14 @@ class EZV2(ResumableAlgorithm):
     :param policy_coef: weight of the policy loss (lambda_2)
     :param vf_coef: weight of the value loss (lambda_3)
     :param consistency_coef: weight of the consistency loss (lambda_4)
-    :param observation_coef: states, not images: weight of the squared error of the next observations, normalised, as a linear
-        layer tells them from the imagined states; the paper has no such loss
+    :param observation_coef: states, not images: weight of the squared error of a linear layer that predicts the next
+        observations, normalised, from the imagined states; the paper has no such loss
     :param ent_coef: weight of the policy's entropy
     :param max_grad_norm: the maximum value for the gradient clipping
     :param final_gradient_steps: extra updates after the last step of ``learn()``
     :param warmup_fraction: share of the planned updates in which the learning rate rises from 0
-    :param lr_decay_updates: the learning rate is multiplied by ``lr_decay_factor`` after each so many updates; the paper has
-        100,000 for images. None: it is not
+    :param lr_decay_updates: the learning rate is multiplied by ``lr_decay_factor`` after every so many updates; the
+        paper has 100,000 for images. None: no decay
     :param lr_decay_factor: see ``lr_decay_updates``
     :param policy_target: ``"candidates"`` (Eq. 8), ``"best_action"`` (Eq. 9), or ``"auto"``: the latter for Box actions with
         more than one dimension, and for MultiDiscrete and MultiBinary ones of which not all are candidates

@@ -43,7 +43,7 @@ class Losses(NamedTuple):
     :param policy: cross-entropy of the policy (Eq. 8 or 9)
     :param value: cross-entropy of the values
     :param consistency: negative cosine similarity (Eq. 4)
-    :param observation: mean squared error of the observations, normalised, told from imagined states; 0 if they are not
+    :param observation: mean squared error of the observations, normalised, predicted from imagined states; 0 if they are not
     :param entropy: mean entropy of the policy, per step
     :param value_error: [B] absolute value errors at the sequences' starts, in the units of the rewards
     """
@@ -147,7 +147,7 @@ def compute_losses(
         with th.no_grad():
             following = apply(lambda x: x[:, 1:].transpose(0, 1).flatten(0, 1), batch.observations)
             observed = network.project(network.represent(following))
-        told = network.observation_head(states[1:].flatten(0, 1)) if network.observation_head is not None else None
+        predicted_obs = network.observation_head(states[1:].flatten(0, 1)) if network.observation_head is not None else None
 
     value_logits = value_out.float().unflatten(0, (steps + 1, size)).transpose(0, 1)  # [B, U + 1, bins]
     value = _sum(network.value_support.cross_entropy(value_logits, targets.values), targets.value_mask)
@@ -176,10 +176,10 @@ def compute_losses(
         reward_coef * reward + policy_coef * policy + vf_coef * value + consistency_coef * consistency - ent_coef * entropy
     )
     observation = th.zeros_like(reward)
-    if told is not None:
+    if predicted_obs is not None:
         with th.no_grad():
             features = network.observation_targets(following)
-        errors = (told.float() - features).square().mean(-1).unflatten(0, (steps, size)).transpose(0, 1)
+        errors = (predicted_obs.float() - features).square().mean(-1).unflatten(0, (steps, size)).transpose(0, 1)
         observation = _sum(errors, batch.observed[:, 1:])
         per_sequence = per_sequence + observation_coef * observation
     weights = batch.weights

@@ -119,7 +119,7 @@ class Head(nn.Module):
 class PrefixHead(nn.Module):
     """
     The value prefix (EfficientZero 4.2, App. A.1): an LSTM over the states of a window predicts the undiscounted sum of the
-    window's rewards so far. Where it cannot be told at which of two steps a reward falls, their sum can still be known.
+    window's rewards so far. Where it cannot be predicted at which of two steps a reward falls, their sum can still be known.
 
     :param trunk: from states to [B, width]
     :param width: of what the trunk gives
@@ -341,7 +341,7 @@ class BaseNetwork(nn.Module):
         return packed, (prefix - before).squeeze(1), value, self.policy_head(state)
 
     def observation_targets(self, obs: PyTorchObs) -> th.Tensor:
-        """:param obs: [B, ...] :return: [B, F], what :attr:`observation_head` shall tell of the states that follow"""
+        """:param obs: [B, ...] :return: [B, F], what :attr:`observation_head` shall predict from the states that follow"""
         raise NotImplementedError
 
     @property

@@ -241,7 +241,7 @@ class Ezv2Policy(BasePolicy):
     def search_with(self, n_simulations: int | None = None) -> GumbelSearch:
         """
         :param n_simulations: of each search, at least 1; None: as many as in training
-        :return: a search with the averaged network; the same one whenever the number is
+        :return: a search with the averaged network; the same object for the same number
         :raises ValueError: ``n_simulations`` is not a positive integer
         """
         if n_simulations is None or n_simulations == self.search_settings.n_simulations:
@@ -369,7 +369,8 @@ class MlpPolicy(Ezv2Policy):
         its effect on learning is not known
     :param train_dtype: ``"bfloat16"``: matrix products and convolutions of training in bfloat16 (autocast), where the
         processor has it; weights, losses and the optimizer stay float32
-    :param predicts_observations: a head tells observations from imagined states, given by the algorithm (``observation_coef``)
+    :param predicts_observations: a head predicts observations from imagined states; given by the algorithm, see there
+        ``observation_coef``
     :param features_extractor_class: Features extractor to use; None: ``FlattenExtractor``, or of ``Dict`` observations
         ``CombinedExtractor``, which flattens and joins them
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor

@@ -83,7 +83,7 @@ def learning_rate_factor(n_updates: int, warmup_updates: int, decay_updates: int
     """
     :param n_updates: updates so far
     :param warmup_updates: those in which the factor rises from 0 to 1
-    :param decay_updates: it is multiplied by ``decay_factor`` after each so many updates; None: never
+    :param decay_updates: it is multiplied by ``decay_factor`` after every ``decay_updates`` updates; None: never
     :param decay_factor: see there
     :return: factor of SB3's own schedule
     """
