@@ -36,21 +36,17 @@ class PreparedBatch:
     :param stamps: int64 [B], of the sequences' starts, see
         :meth:`sb3_ezv2.replay_buffer.SequenceReplayBuffer.update_priorities`
     :param searches: of its states
-    :param digest: of the network and the settings of the searches as they are when it is called; None: unpickled, and of no
-        agent yet
-    :param made_by: that digest when it was pickled
+    :param made_by: :meth:`sb3_ezv2.reanalyze.Reanalyzer.digest` of what made the searches
     """
 
     batch: Batch
     stamps: np.ndarray
     searches: Searches
-    digest: Callable[[], bytes] | None
-    made_by: bytes = b""
+    made_by: bytes
 
     def __getstate__(self) -> dict[str, Any]:
-        made_by = self.made_by if self.digest is None else self.digest()
         batch, searches = (_map(lambda x: x.cpu(), fields) for fields in (self.batch, self.searches))
-        return {**self.__dict__, "batch": batch, "searches": searches, "digest": None, "made_by": made_by}
+        return {**self.__dict__, "batch": batch, "searches": searches}
 
 
 def next_batch(reanalyzer: Reanalyzer, batch_size: int, env: VecNormalize | None) -> tuple[Batch, np.ndarray, Searches | None]:
@@ -95,7 +91,7 @@ def preparing_next(
 
     def make() -> PreparedBatch:
         batch = buffer.sequences(starts, importance, env)
-        return PreparedBatch(batch, buffer.stamps[starts], reanalyzer.searches(batch, rng), reanalyzer.digest)
+        return PreparedBatch(batch, buffer.stamps[starts], reanalyzer.searches(batch, rng), reanalyzer.made_by)
 
     job = _Job(_on_own_stream(make, buffer.device) if threaded else make)
     try:

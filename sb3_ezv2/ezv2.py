@@ -19,10 +19,10 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import update_learning_rate
 
 from sb3_ezv2.ahead import next_batch, preparing_next
-from sb3_ezv2.frames import frames_per_observation
 from sb3_ezv2.losses import compute_losses
+from sb3_ezv2.parts import check_buffer, exploration_eps, make_reanalyzer, make_replay_buffer, search_settings
 from sb3_ezv2.policies import PREFIX_WINDOW, CnnPolicy, Ezv2Policy, MlpPolicy, MultiInputPolicy, policy_for
-from sb3_ezv2.reanalyze import Reanalyzer, learns_best_action
+from sb3_ezv2.reanalyze import Reanalyzer
 from sb3_ezv2.replay_buffer import SequenceReplayBuffer
 from sb3_ezv2.resumable import OpenRollout, ResumableAlgorithm
 from sb3_ezv2.schedules import (
@@ -32,15 +32,14 @@ from sb3_ezv2.schedules import (
     plan_run,
     planned_updates,
 )
-from sb3_ezv2.search import SearchSettings, searches_all_actions
 from sb3_ezv2.validation import (
     check_finite,
-    check_memory,
     check_normalizer,
     check_options,
     check_policy,
     check_settings,
     check_spaces,
+    check_train_freq,
 )
 
 
@@ -268,6 +267,9 @@ class EZV2(ResumableAlgorithm):
         self.observation_coef = observation_coef
 
         self._warmup_updates = 0
+        self._predicts_observations: bool | None = None  # None: of a new agent
+        # Updates after which the acting and the target network were last refreshed
+        self._acting_refreshed_at = self._target_refreshed_at = 0
         self._target_update_interval = LONGEST_TARGET_UPDATE_INTERVAL
         self._generators: dict[str, np.random.Generator] | None = None
         self._reanalyzer: Reanalyzer | None = None
@@ -282,23 +284,22 @@ class EZV2(ResumableAlgorithm):
             check_options({"use_sde": True} if self.use_sde else {"action_noise": self.action_noise})
         if self.replay_buffer_class is None:
             self.replay_buffer_class = SequenceReplayBuffer
-        if not issubclass(self.replay_buffer_class, SequenceReplayBuffer):
-            raise ValueError(
-                f"EZV2 replays sequences: {self.replay_buffer_class.__name__} does not apply, "
-                "replay_buffer_class must be a subclass of sb3_ezv2.replay_buffer.SequenceReplayBuffer or None."
-            )
         self.policy_class = policy_for(self.policy_class, self.observation_space)
         check_policy(self.policy_class, Ezv2Policy, self.policy_kwargs)
         check_spaces(self.observation_space, self.action_space)
         check_normalizer(self._vec_normalize_env, self.observation_space)
         check_settings(self.__dict__)
-        all_actions = searches_all_actions(self.action_space, self.n_sampled_actions)
+        check_buffer(self)
         policy_kwargs = dict(self.policy_kwargs)
-        if self.observation_coef > 0:
+        if self._predicts_observations is None:
+            self._predicts_observations = self.observation_coef > 0
+        if self._predicts_observations:
             if not issubclass(self.policy_class, MlpPolicy):
                 raise ValueError("observation_coef is for observations without images: use observation_coef=0.")
             policy_kwargs["predicts_observations"] = True
         self._convert_train_freq()
+        assert isinstance(self.train_freq, TrainFreq)
+        check_train_freq(self.train_freq, self.n_envs)
         self._setup_lr_schedule()
         restored, sampled_space = self._generators, copy.deepcopy(self.action_space)
         self.set_random_seed(self.seed)
@@ -311,20 +312,19 @@ class EZV2(ResumableAlgorithm):
             self.observation_space,
             self.action_space,
             self.lr_schedule,
-            search_settings=SearchSettings(
-                n_simulations=self.n_simulations,
-                n_sampled_actions=self.n_sampled_actions,
-                n_inner_actions=self.n_inner_actions,
-                policy_action_fraction=self.policy_action_fraction,
-                flat_std_scale=self.flat_std_scale,
-                c_visit=self.c_visit,
-                c_scale=(0.3 if all_actions else 0.1) if self.c_scale is None else self.c_scale,
-                gamma=self.gamma,
-                improved_value=all_actions if self.search_value is None else self.search_value == "improved",
-            ),
+            search_settings=search_settings(self),
             **policy_kwargs,
         )
         self.policy = self.policy.to(self.device)
+        self._check_networks()
+
+    def _check_networks(self) -> None:
+        """:raises ValueError: settings that the networks were not made for"""
+        if self.observation_coef > 0 and not self._predicts_observations:
+            raise ValueError(
+                "this agent was made with observation_coef=0 and has nothing to predict observations with: give "
+                "observation_coef when it is made."
+            )
         if self.policy.value_prefix and self.unroll_steps < PREFIX_WINDOW:
             raise ValueError(
                 f"value_prefix sums rewards over {PREFIX_WINDOW} steps, of which unroll_steps={self.unroll_steps} would leave "
@@ -392,10 +392,14 @@ class EZV2(ResumableAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         check_normalizer(self._vec_normalize_env, self.observation_space)
+        # Attributes may have been changed since they were checked
+        check_settings(self.__dict__)
+        self._check_networks()
+        self.policy.set_search_settings(search_settings(self))
         env_is_reset = reset_num_timesteps or self._last_obs is None
         planned_steps = total_timesteps + (0 if reset_num_timesteps else self.num_timesteps)
         if self.replay_buffer is None:
-            self.replay_buffer = self._make_replay_buffer()
+            self.replay_buffer = make_replay_buffer(self, self._replay_seed())
         elif self.replay_buffer.n_envs != self.n_envs:
             raise ValueError(
                 f"the replay buffer holds {self.replay_buffer.n_envs} environments but there are {self.n_envs} now: "
@@ -403,17 +407,20 @@ class EZV2(ResumableAlgorithm):
             )
         elif env_is_reset:
             self.replay_buffer.truncate_open_episodes()
-        if self._reanalyzer is None or self._reanalyzer.buffer is not self.replay_buffer:
-            self._reanalyzer = self._make_reanalyzer(self.replay_buffer)
+        self.replay_buffer.set_sampling(
+            self.gamma, self.unroll_steps, self.td_steps, self.td_steps_min, self.priority_alpha, self.priority_beta
+        )
+        self._reanalyzer = make_reanalyzer(self, self.replay_buffer)
         self._plan(planned_steps)
         if env_is_reset:
             self._rollout = OpenRollout()
         if reset_num_timesteps:
-            self._stats = {}
+            self._stats, self._updates_left = {}, 0
         total_timesteps, callback = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         check_finite("first observation", self._last_obs, self.num_timesteps)
+        self._make_updates()  # those of the last rollout that an interruption has left
         return total_timesteps, callback
 
     def _plan(self, planned_steps: int) -> None:
@@ -430,49 +437,6 @@ class EZV2(ResumableAlgorithm):
         self._target_update_interval = plan.target_update_interval
         if self._n_updates == 0:
             self._warmup_updates = round(self.warmup_fraction * updates)
-
-    def _make_replay_buffer(self) -> SequenceReplayBuffer:
-        assert self.replay_buffer_class is not None
-        assert issubclass(self.replay_buffer_class, SequenceReplayBuffer)
-        frame_stack = self.replay_buffer_kwargs.get("frame_stack", frames_per_observation(self.env))
-        nbytes = self.replay_buffer_class.estimate_nbytes(
-            self.buffer_size, self.observation_space, self.action_space, frame_stack
-        )
-        if self.verbose >= 1:
-            print(f"Replay buffer: {nbytes / 1e9:.2f} GB when full")
-        check_memory(nbytes, self.buffer_size)
-        settings = dict(
-            gamma=self.gamma,
-            unroll_steps=self.unroll_steps,
-            td_steps=self.td_steps,
-            td_steps_min=self.td_steps_min,
-            alpha=self.priority_alpha,
-            beta=self.priority_beta,
-            seed=self._replay_seed(),
-            frame_stack=frame_stack,
-        )
-        return self.replay_buffer_class(
-            self.buffer_size,
-            self.observation_space,
-            self.action_space,
-            device=self.device,
-            n_envs=self.n_envs,
-            **{**settings, **self.replay_buffer_kwargs},
-        )
-
-    def _make_reanalyzer(self, buffer: SequenceReplayBuffer) -> Reanalyzer:
-        reanalyzer = Reanalyzer(
-            self.policy.target_search,
-            self.policy.target_network if self.tau == 1.0 else self.policy.bootstrap_network,
-            buffer,
-            value_target=self.value_target,
-            best_action=learns_best_action(self.policy_target, self.action_space, self.n_sampled_actions),
-            cache=self.reanalyze_cache,
-            refresh_fraction=self.cache_refresh_fraction,
-        )
-        if reanalyzer.cache is not None and self.verbose >= 1:
-            print(f"Search cache: {reanalyzer.cache.nbytes / 1e9:.2f} GB when full")
-        return reanalyzer
 
     # ------------------------------------------------------------------ collecting
 
@@ -510,16 +474,11 @@ class EZV2(ResumableAlgorithm):
             actions = self.policy.unscale_action(actions.reshape(n_envs, *self.action_space.shape))
             actions = actions.astype(self.action_space.dtype)
         actions, stored = actions.copy(), best.cpu().numpy().copy()  # the search keeps its own
-        if (eps := self._get_exploration_eps()) > 0:
+        if (eps := exploration_eps(self)) > 0:
             for env in np.flatnonzero(self._generators["acting"].random(n_envs) < eps):
                 actions[env] = self.action_space.sample()
                 stored[env] = self.policy.from_env_actions(actions[env : env + 1])[0]
         return actions, stored
-
-    def _get_exploration_eps(self) -> float:
-        if self.exploration_eps is not None:
-            return self.exploration_eps
-        return 0.1 if searches_all_actions(self.action_space, self.n_sampled_actions) else 0.0
 
     def _store_transition(
         self,
@@ -537,8 +496,7 @@ class EZV2(ResumableAlgorithm):
             self._reanalyzer.store(replay_buffer.last_slots, self._last_search)
 
     def _acting_is_as_new_as_target(self) -> bool:
-        acting, target = self.acting_update_interval, self._target_update_interval
-        return self._n_updates // acting * acting >= self._n_updates // target * target
+        return self._acting_refreshed_at >= self._target_refreshed_at
 
     # ------------------------------------------------------------------ learning
 
@@ -553,19 +511,31 @@ class EZV2(ResumableAlgorithm):
         assert self.replay_buffer is not None
         if self.num_timesteps >= self._total_timesteps:
             gradient_steps += self.final_gradient_steps
-        if self._n_updates == 0 and self.policy.reward_scale == "auto":
+        if self._n_updates == 0 and self.policy.reward_scale == "auto" and self.policy.network.is_untrained():
             # The unit of the supports, see there
             scale = self.replay_buffer.reward_scale(self._vec_normalize_env)
             for network in self.policy.networks():
                 network.set_reward_scale(scale if scale > 0 else 1.0)
+            assert self._reanalyzer is not None
+            self._reanalyzer.sign()
         self._set_fresh_priorities()
         if self.replay_buffer.num_sampleable == 0:
             return  # the very first transition, whose next observation is still to come
+        self._updates_left = gradient_steps
+        self._make_updates(batch_size)
+
+    def _make_updates(self, batch_size: int | None = None) -> None:
+        """Those that are left of a rollout. :param batch_size: None: the algorithm's"""
+        assert self.replay_buffer is not None
+        if self._updates_left == 0 or self.replay_buffer.num_sampleable == 0:
+            return
         self.policy.set_training_mode(True)
-        for update in range(gradient_steps):
-            if update > 0:
-                self._interrupt.check()
-            self._update(batch_size)
+        while True:
+            self._update(self.batch_size if batch_size is None else batch_size)
+            self._updates_left -= 1
+            if self._updates_left == 0:
+                break
+            self._interrupt.check()
         self.policy.set_training_mode(False)
 
     def _set_fresh_priorities(self) -> None:
@@ -631,8 +601,10 @@ class EZV2(ResumableAlgorithm):
                 policy.follow(policy.bootstrap_network, self.tau)
             if self._n_updates % self.acting_update_interval == 0:
                 policy.acting_network.load_state_dict(network.state_dict())
+                self._acting_refreshed_at = self._n_updates
             if refreshes:
                 policy.target_network.load_state_dict(network.state_dict())
+                self._target_refreshed_at = self._n_updates
                 reanalyzer.target_refreshed()
             self._count(
                 {

@@ -9,8 +9,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_obs_shape
-from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize, unwrap_vec_wrapper
 
 from sb3_ezv2.observations import image_keys
 
@@ -19,11 +18,8 @@ def frames_per_observation(env: VecEnv | None) -> int:
     """:return: ``n_stack`` of the environment's ``VecFrameStack`` of images, 1 if there is none"""
     if env is None or not image_keys(env.observation_space):
         return 1
-    while isinstance(env, VecEnvWrapper):
-        if isinstance(env, VecFrameStack):
-            return env.stacked_obs.n_stack
-        env = env.venv
-    return 1
+    stack = unwrap_vec_wrapper(env, VecFrameStack)
+    return 1 if stack is None else stack.stacked_obs.n_stack
 
 
 def observation_nbytes(space: spaces.Space, frame_stack: int = 1) -> int:
@@ -72,7 +68,8 @@ class ObservationStore:
             # Memory of zeros costs nothing before it is written to
             self.arrays[key] = np.zeros((size, *shape), member.dtype)
         if self.stacked:
-            self.history = np.zeros(size, np.uint8)  # frames of the same episode before a slot's, as far as its stack goes
+            # frames of the same episode before a slot's, as far as its stack goes
+            self.history = np.zeros(size, np.min_scalar_type(frame_stack))
             self.repeats = np.zeros(size, bool)  # the frames before the episode are its first one, otherwise zeros
 
     def map_rows(self, function: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
@@ -108,8 +105,9 @@ class ObservationStore:
             if not np.array_equal(self._read_stack(key, slots), values[key]):
                 raise ValueError(
                     f"the {self.frame_stack} frames of an observation are not those of the observations before it: they "
-                    "cannot be stored once. Give replay_buffer_kwargs=dict(frame_stack=1), or stack the frames last of all "
-                    "wrappers."
+                    "cannot be stored once. If the training environment was reset or stepped outside of learn(), for instance "
+                    "to evaluate, use another one for that. Otherwise give replay_buffer_kwargs=dict(frame_stack=1), or stack "
+                    "the frames last of all wrappers."
                 )
 
     def read(self, slots: np.ndarray, device: th.device, env: VecNormalize | None = None) -> Any:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from sb3_ezv2.multi_discrete import MultiCategorical
 from sb3_ezv2.networks import BaseNetwork
-from sb3_ezv2.observations import apply
+from sb3_ezv2.observations import apply, batch_size
 from sb3_ezv2.policies import Ezv2Policy
 from sb3_ezv2.search import SearchResult
 
@@ -144,7 +144,7 @@ def search_tree(
     """
     policy = policy_of(agent)
     obs, _ = policy.obs_to_tensor(observation)
-    if len(next(iter(obs.values())) if isinstance(obs, dict) else obs) != 1:
+    if batch_size(obs) != 1:
         raise ValueError("a tree belongs to one observation, but a batch was given: take one of them.")
     search = policy.search_with(n_simulations)
     result = search.run(obs, rng)

@@ -127,13 +127,7 @@ def compute_losses(
     :param ent_coef: weight of the entropy bonus
     :param bfloat16: matrix products and convolutions in bfloat16 (autocast); the weights and the losses are float32
     :return: see :class:`Losses`
-    :raises ValueError: an ``observation_coef`` for a network without an ``observation_head``
     """
-    if observation_coef > 0 and network.observation_head is None:
-        raise ValueError(
-            "this agent was made with observation_coef=0 and has nothing to predict observations with: give observation_coef "
-            "when it is made."
-        )
     size, steps = batch.rewards.shape
     with th.autocast(batch.rewards.device.type, dtype=th.bfloat16) if bfloat16 else nullcontext():
         states = unroll(network, batch)  # [U + 1, B, ...]

@@ -357,6 +357,10 @@ class BaseNetwork(nn.Module):
         """:return: parameters and running statistics, in a fixed order"""
         return [x for x in [*self.parameters(), *self.buffers()] if x.is_floating_point()]
 
+    def is_untrained(self) -> bool:
+        """:return: every value and reward is still 0, in whatever unit"""
+        return not any(bool(x.any()) for head in (self.value_head, self.reward_head) for x in head.mlp[-1].parameters())
+
     def set_reward_scale(self, scale: float) -> None:
         """What one unit of the supports is worth, in the units of the rewards. :param scale: above 0"""
         self.value_support.scale.fill_(scale)

@@ -20,6 +20,11 @@ def apply(function: Callable[[Any], Any], obs: Observations) -> Observations:
     return {key: function(value) for key, value in obs.items()} if isinstance(obs, dict) else function(obs)  # type: ignore
 
 
+def batch_size(obs: Any) -> int:
+    """:param obs: [B, ...], or a dictionary of such arrays or tensors :return: B"""
+    return len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)
+
+
 def image_keys(space: spaces.Space) -> list[str | None]:
     """:return: keys of a ``Dict`` space's images; ``[None]`` for a space that is an image itself"""
     if isinstance(space, spaces.Dict):

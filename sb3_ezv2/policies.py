@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from sb3_ezv2.image_networks import ImageNetwork
 from sb3_ezv2.inference import bfloat16_is_fast
 from sb3_ezv2.multi_discrete import MultiCategorical, first_category
 from sb3_ezv2.networks import BaseNetwork, Ezv2Network
+from sb3_ezv2.observations import batch_size
 from sb3_ezv2.search import GumbelSearch, SearchResult, SearchSettings
 from sb3_ezv2.validation import check_images, check_integer, check_observation, check_vectors, has_images
 
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 PREFIX_WINDOW = 5
 """Steps after which the value prefix begins anew (EfficientZero Table 6)."""
+
+_n_simulations: ContextVar[int | None] = ContextVar("n_simulations", default=None)
+"""Of the :meth:`Ezv2Policy.predict` that is running in this thread; SB3's has no argument for it."""
 
 
 class Ezv2Policy(BasePolicy):
@@ -117,12 +122,7 @@ class Ezv2Policy(BasePolicy):
         self.acting_network = _frozen_copy(self.network)
         self.target_network = _frozen_copy(self.network)
         self.bootstrap_network = _frozen_copy(self.network)
-        self.search = GumbelSearch(self.averaged_network, self.search_settings, bfloat16=search_dtype == "bfloat16")
-        self.acting_search = GumbelSearch(self.acting_network, self.search_settings, bfloat16=search_dtype == "bfloat16")
-        self.target_search = GumbelSearch(self.target_network, self.search_settings, bfloat16=search_dtype == "bfloat16")
-        # Of predict() with other numbers of simulations, each with a tree and storage of its own
-        self._other_searches: dict[int, GumbelSearch] = {}
-        self._n_simulations: int | None = None
+        self._make_searches()
         self.optimizer = self.optimizer_class(
             self.network.parameters(),
             lr=lr_schedule(1),  # type: ignore[call-arg]
@@ -131,6 +131,22 @@ class Ezv2Policy(BasePolicy):
 
     def _make_network(self) -> BaseNetwork:
         raise NotImplementedError
+
+    def _make_searches(self) -> None:
+        self.search = self._search_of(self.averaged_network, self.search_settings)
+        self.acting_search = self._search_of(self.acting_network, self.search_settings)
+        self.target_search = self._search_of(self.target_network, self.search_settings)
+        # Of predict() with other numbers of simulations, each with a tree and storage of its own
+        self._other_searches: dict[int, GumbelSearch] = {}
+
+    def _search_of(self, network: BaseNetwork, settings: SearchSettings) -> GumbelSearch:
+        return GumbelSearch(network, settings, bfloat16=self.search_dtype == "bfloat16")
+
+    def set_search_settings(self, settings: SearchSettings) -> None:
+        """:param settings: of all searches from now on"""
+        if settings != self.search_settings:
+            self.search_settings = settings
+            self._make_searches()
 
     @property
     def prefix_window(self) -> int:
@@ -198,11 +214,12 @@ class Ezv2Policy(BasePolicy):
         """
         return obs
 
-    def set_training_mode(self, mode: bool) -> None:
+    def train(self, mode: bool = True) -> Self:
         """Only the trained network has a training mode: its copies are always evaluated. :param mode: training or not"""
         self.training = mode
         if self.network.training != mode:
             self.network.train(mode)
+        return self
 
     def networks(self) -> list[BaseNetwork]:
         """:return: the trained network and its copies"""
@@ -232,11 +249,11 @@ class Ezv2Policy(BasePolicy):
         """
         if n_simulations is not None:
             check_integer("n_simulations", n_simulations, 0, " or None")
-        self._n_simulations = n_simulations
+        token = _n_simulations.set(n_simulations)
         try:
             return super().predict(observation, state, episode_start, deterministic)
         finally:
-            self._n_simulations = None
+            _n_simulations.reset(token)
 
     def search_with(self, n_simulations: int | None = None) -> GumbelSearch:
         """
@@ -249,7 +266,7 @@ class Ezv2Policy(BasePolicy):
         check_integer("n_simulations", n_simulations, 1, " or None")
         if n_simulations not in self._other_searches:
             settings = self.search_settings._replace(n_simulations=int(n_simulations))
-            self._other_searches[n_simulations] = GumbelSearch(self.averaged_network, settings, bfloat16=self.search.bfloat16)
+            self._other_searches[n_simulations] = self._search_of(self.averaged_network, settings)
         return self._other_searches[n_simulations]
 
     @th.no_grad()
@@ -286,15 +303,15 @@ class Ezv2Policy(BasePolicy):
         :raises ValueError: there is no observation, or one has NaN or infinite entries
         """
         tensors = list(observation.values()) if isinstance(observation, dict) else [observation]
-        if len(tensors[0]) == 0:
+        if batch_size(observation) == 0:
             raise ValueError("the batch of observations is empty: predict needs at least one.")
         if not all(th.isfinite(x).all() for x in tensors if x.is_floating_point()):
             raise ValueError("the observation has NaN or infinite entries: EZV2 cannot search from it")
         rng = None if deterministic else np.random.default_rng(int(th.randint(2**62, (1,))))
-        if self._n_simulations == 0:
+        if _n_simulations.get() == 0:
             actions = self._head_actions(observation, rng)
         else:
-            actions = self.search_with(self._n_simulations).run(observation, rng).best()
+            actions = self.search_with(_n_simulations.get()).run(observation, rng).best()
         return self.to_env_actions(actions)
 
     @th.no_grad()
@@ -307,7 +324,7 @@ class Ezv2Policy(BasePolicy):
         :return: int64 [B], int64 [B, D] of ``MultiDiscrete`` actions, or [B, A] in [-1, 1]
         :raises ValueError: the network gave NaN or infinite values
         """
-        network = self.averaged_network.eval()
+        network = self.averaged_network
         head = network.policy_head(network.represent(obs))
         if not th.isfinite(head).all():
             raise ValueError("the policy head's outputs for the observations are NaN or infinite")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,13 +56,13 @@ class SearchCache:
     refresh makes all of them stale by one integer. There is one entry per slot, so that the memory is bounded
     (:meth:`estimate_nbytes`).
 
-    It is pickled with the buffer, and told from one of another agent by a digest of what made its searches.
+    It is pickled with the buffer; whose searches it holds is known by a digest of what made them.
 
     :param buffer: the replay buffer whose slots are meant
     :param num_candidates: K
     :param action_dim: numbers of one candidate; None for discrete actions
     :param action_dtype: of them
-    :param digest: of the network and the settings of the searches as they are when it is called
+    :param made_by: :meth:`Reanalyzer.digest` of what makes its searches
     :raises ValueError: more memory than is free
     """
 
@@ -73,11 +72,10 @@ class SearchCache:
         num_candidates: int,
         action_dim: int | None,
         action_dtype: type[np.generic] = np.float32,
-        digest: Callable[[], bytes] = bytes,
+        made_by: bytes = b"",
     ):
         size = len(buffer.stamps)
-        self.digest: Callable[[], bytes] | None = digest  # None: unpickled, and of no agent yet
-        self.made_by = b""
+        self.made_by = made_by
         self.nbytes = self.estimate_nbytes(size, num_candidates, action_dim, action_dtype)
         check_memory(self.nbytes, size, "search cache", "or give reanalyze_cache=False")
         self.buffer = buffer
@@ -91,9 +89,7 @@ class SearchCache:
 
     def __getstate__(self) -> dict[str, Any]:
         """Rows of slots that were never written to are not saved."""
-        made_by = self.made_by if self.digest is None else self.digest()
-        state = {**self.__dict__, "made_by": made_by, "digest": None}
-        return {**state, **{name: self.buffer.written_rows(state[name]) for name in self._arrays()}}
+        return {**self.__dict__, **{name: self.buffer.written_rows(getattr(self, name)) for name in self._arrays()}}
 
     def attach(self, buffer: SequenceReplayBuffer) -> None:
         """After unpickling. :param buffer: with which it was pickled"""
@@ -189,21 +185,18 @@ class Reanalyzer:
         self.best_action = best_action
         self.refresh_fraction = refresh_fraction
         self.discrete = search.model.discrete
+        self.made_by = self.digest()
         self.cache: SearchCache | None = None
         if cache:
             num_candidates = 1 if best_action and not self.discrete else search.num_root_actions
             dtype = np.int64 if search.model.category_sizes else np.float32
             width = len(search.model.category_sizes) or search.model.action_dim
             known = buffer.cache
-            if known is None or known.made_by != self.digest():
-                known = SearchCache(buffer, num_candidates, None if self.discrete else width, dtype, self.digest)
+            if known is None or known.made_by != self.made_by:
+                known = SearchCache(buffer, num_candidates, None if self.discrete else width, dtype, self.made_by)
             self.cache = buffer.cache = known
-            self.cache.digest, self.cache.made_by = self.digest, b""
-        if (prepared := buffer.prepared) is not None:
-            if prepared.made_by == self.digest():
-                prepared.digest, prepared.made_by = self.digest, b""
-            else:
-                buffer.prepared = None
+        if buffer.prepared is not None and buffer.prepared.made_by != self.made_by:
+            buffer.prepared = None
 
     def digest(self) -> bytes:
         """:return: of all that searches depend on but their observations and noise: they are this agent's if it is the same"""
@@ -212,8 +205,15 @@ class Reanalyzer:
     def target_refreshed(self) -> None:
         """The target network has new weights: every search so far is stale."""
         self.buffer.prepared = None
+        self.sign()
         if self.cache is not None:
             self.cache.version += 1
+
+    def sign(self) -> None:
+        """Searches are from now on those of the target network as it is now."""
+        self.made_by = self.digest()
+        if self.cache is not None:
+            self.cache.made_by = self.made_by
 
     def store(self, slots: np.ndarray, result: SearchResult) -> None:
         """

@@ -31,6 +31,22 @@ PER_SLOT = {"actions": 0, "rewards": 0, "kinds": 0, "stamps": -1, "episodes": -1
 """Arrays of a replay buffer with a row for each slot, and what they hold before it is written to."""
 
 
+def window_length(unroll_steps: int, td_steps: int) -> int:
+    """:return: steps after which a start is sampled: its n-step window is complete and each unrolled step has a reward"""
+    return max(td_steps, unroll_steps + 1)
+
+
+def check_ring(buffer_size: int, n_envs: int, unroll_steps: int, td_steps: int, frame_stack: int) -> None:
+    """:raises ValueError: each environment has too few slots for one window"""
+    ring = buffer_size // n_envs
+    least = window_length(unroll_steps, td_steps) + 2 + frame_stack - 1
+    if ring < least:
+        raise ValueError(
+            f"buffer_size={buffer_size} leaves {ring} transitions per environment, but a window of td_steps={td_steps} and "
+            f"unroll_steps={unroll_steps} needs {least}: enlarge buffer_size."
+        )
+
+
 class Batch(NamedTuple):
     """
     B sequences of U unroll steps. Step 0 is the start of a sequence.
@@ -110,14 +126,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         self.ring = buffer_size // n_envs
         self.handle_timeout_termination = True  # SB3 asks for it when it loads a buffer
-        # A start is sampled when its own window is complete and every unrolled step has at least one reward
-        self.wait = max(td_steps, unroll_steps + 1)
-        least = self.wait + 2 + frame_stack - 1
-        if self.ring < least:
-            raise ValueError(
-                f"buffer_size={buffer_size} leaves {self.ring} transitions per environment, but a window of "
-                f"td_steps={td_steps} and unroll_steps={unroll_steps} needs {least}: enlarge buffer_size."
-            )
+        check_ring(buffer_size, n_envs, unroll_steps, td_steps, frame_stack)
         self.frame_stack = frame_stack
         self.gamma = gamma
         self.unroll_steps = unroll_steps
@@ -149,6 +158,24 @@ class SequenceReplayBuffer(ReplayBuffer):
         self.last_slots = np.zeros(0, np.int64)  # [N] slots of the transitions added last
         self._fresh: list[np.ndarray] = []
         self.cache: Any = None  # searches of the stored states (sb3_ezv2.reanalyze.SearchCache), which are saved with them
+
+    def set_sampling(
+        self, gamma: float, unroll_steps: int, td_steps: int, td_steps_min: int, alpha: float, beta: float
+    ) -> None:
+        """
+        Settings of the constructor, from now on.
+
+        :raises ValueError: too few slots for one window
+        """
+        if (gamma, unroll_steps) != (self.gamma, self.unroll_steps):
+            self.prepared = None
+        check_ring(self.buffer_size, self.n_envs, unroll_steps, td_steps, self.frame_stack)
+        if alpha != self.alpha:
+            known = self.weights > 0
+            # with the exponent 0 the priorities were not kept: they are 1 until they are drawn
+            self.weights[known] **= alpha / self.alpha if self.alpha > 0 else 0.0
+        self.gamma, self.unroll_steps, self.alpha, self.beta = gamma, unroll_steps, alpha, beta
+        self.td_steps, self.td_steps_min = td_steps, min(td_steps_min, td_steps)
 
     def __getstate__(self) -> dict[str, Any]:
         """Rows of slots that were never written to are not saved."""
@@ -265,9 +292,10 @@ class SequenceReplayBuffer(ReplayBuffer):
             truncated = np.array([bool(infos[env].get("TimeLimit.truncated", False)) for env in ended])
             self.kinds[final] = np.where(truncated, TRUNCATED, TERMINATED)
             self.episode[ended] += self.n_envs
+        wait = window_length(self.unroll_steps, self.td_steps)
         for env in envs:
             # all of an ended episode, else up to the newest start whose window is complete
-            self._release(int(env), int(self.written[env]) - (0 if done[env] else self.wait))
+            self._release(int(env), int(self.written[env]) - (0 if done[env] else wait))
         self.last_slots = slots
 
     def _release(self, env: int, end: int) -> None:

@@ -68,6 +68,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         self.on_failure = []
         self._interrupt = DeferredInterrupt()
         self._rollout = OpenRollout()
+        self._updates_left = 0  # that follow the last rollout and are still to be made
         self._last_search: SearchResult | None = None
         # Sums of device tensors and their counts, read once per log interval
         self._stats: dict[str, tuple[Any, int]] = {}
@@ -260,6 +261,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             raise
         finally:
             self.on_failure = []
+            self._callback = None
 
     def _recover(self) -> None:
         """Leave no step half done, whatever has ended ``learn()``."""

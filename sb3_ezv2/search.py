@@ -9,6 +9,8 @@ expand (:class:`sb3_ezv2.ctree.Tree`), the model makes one step from all of them
 from __future__ import annotations
 
 import hashlib
+import operator
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ from sb3_ezv2.ctree import Driver, Tree, fill_normal
 from sb3_ezv2.distributions import MAX_ACTION, SquashedGaussian
 from sb3_ezv2.inference import NativeModel, SearchModel, TracedModel
 from sb3_ezv2.multi_discrete import MultiDiscreteCandidates, are_sampled, category_sizes
+from sb3_ezv2.observations import apply, batch_size
 
 MIN_Q_RANGE = 0.01
 """Least range of the q's when they are normalised, in units of the reward scale (EfficientZero Eq. 10)."""
@@ -103,7 +106,8 @@ class SearchResult(NamedTuple):
 
 class GumbelSearch:
     """
-    Searches with one model. The trees and the state pool are allocated for the largest batch seen and reused.
+    Searches with one model. The trees and the state pool are allocated for the largest batch seen and reused; calls from
+    several threads wait for each other.
 
     :param model: see :class:`sb3_ezv2.inference.SearchModel`; its weights may change between searches
     :param settings: see :class:`SearchSettings`
@@ -134,12 +138,13 @@ class GumbelSearch:
         self._forget()
 
     def _forget(self) -> None:
+        self._lock = threading.Lock()
         self._workspace: _Workspace | None = None
         self._traced = TracedModel(self.model, self.bfloat16)
         self._native = NativeModel(self.model)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_workspace", "_traced", "_native")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_workspace", "_traced", "_native")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Storage and compiled code are made again when needed
@@ -164,17 +169,16 @@ class GumbelSearch:
         """
         if self.model.training:
             self.model.eval()
-        num_roots = _batch_size(obs)
-        if num_roots <= self.max_roots:
-            return self._run(obs, rng)
-        parts = []
-        for start in range(0, num_roots, self.max_roots):
-            piece = slice(start, start + self.max_roots)
-            parts.append(self._run({k: v[piece] for k, v in obs.items()} if isinstance(obs, dict) else obs[piece], rng))
+        num_roots = batch_size(obs)
+        with self._lock:
+            if num_roots <= self.max_roots:
+                return self._run(obs, rng)
+            pieces = [slice(start, start + self.max_roots) for start in range(0, num_roots, self.max_roots)]
+            parts = [self._run(apply(operator.itemgetter(piece), obs), rng) for piece in pieces]
         return SearchResult(*(None if field[0] is None else th.cat(field) for field in zip(*parts)))  # type: ignore[arg-type]
 
     def _run(self, obs: PyTorchObs, rng: np.random.Generator | None) -> SearchResult:
-        num_roots = _batch_size(obs)
+        num_roots = batch_size(obs)
         native = self._native.get() if num_roots <= NATIVE_MAX_ROOTS else None
         if native is None:
             state, value, policy = self.model.initial_inference(obs)
@@ -417,7 +421,3 @@ def _to_numpy(x: th.Tensor) -> np.ndarray:
     if x.device.type != "cpu":
         x = x.cpu()
     return x.numpy() if x.is_contiguous() else x.contiguous().numpy()
-
-
-def _batch_size(obs: PyTorchObs) -> int:
-    return len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)

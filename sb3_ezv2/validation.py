@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from torch import nn
 
 from sb3_ezv2.observations import apply, image_keys
@@ -30,6 +31,23 @@ POLICY_OPTIONS = {
     "activation_fn": "the activations are the paper's.",
 }
 """Of SB3's policies, with the reason why a policy of EZV2 may not have them."""
+
+BUFFER_SETTINGS = {
+    "buffer_size": "buffer_size",
+    "observation_space": "env",
+    "action_space": "env",
+    "device": "device",
+    "n_envs": "env",
+    "gamma": "gamma",
+    "unroll_steps": "unroll_steps",
+    "td_steps": "td_steps",
+    "td_steps_min": "td_steps_min",
+    "td_steps_age": "td_steps_age",
+    "alpha": "priority_alpha",
+    "beta": "priority_beta",
+    "seed": "seed",
+}
+"""Arguments of the replay buffer, and those of the algorithm that they are made from."""
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -62,6 +80,36 @@ def check_policy(policy_class: type, base: type, kwargs: dict[str, Any]) -> None
         if name not in known or name in given:
             reason = POLICY_OPTIONS.get(name, f"it has {', '.join(x for x in known if x not in given)}.")
             raise TypeError(f"policy_kwargs: {policy_class.__name__} takes no argument {name!r}: {reason}")
+
+
+def check_buffer_kwargs(buffer_class: type, kwargs: dict[str, Any]) -> None:
+    """
+    :param buffer_class: of the replay buffer
+    :param kwargs: ``replay_buffer_kwargs``
+    :raises TypeError: an argument that the buffer does not have, or that is a setting of the algorithm
+    """
+    known = inspect.signature(buffer_class).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    for name in kwargs:
+        if name in BUFFER_SETTINGS:
+            raise TypeError(f"replay_buffer_kwargs: {name!r} is set by EZV2's own argument {BUFFER_SETTINGS[name]!r}.")
+        if name not in known and not takes_all:
+            others = ", ".join(x for x in known if x not in BUFFER_SETTINGS)
+            raise TypeError(f"replay_buffer_kwargs: {buffer_class.__name__} takes no argument {name!r}: it has {others}.")
+
+
+def check_train_freq(train_freq: TrainFreq, n_envs: int) -> None:
+    """
+    :param train_freq: as SB3 converts it
+    :param n_envs: number of environments
+    :raises ValueError: no steps, or whole episodes of several environments
+    """
+    check_integer("train_freq", train_freq.frequency, 1)
+    if train_freq.unit == TrainFrequencyUnit.EPISODE and n_envs > 1:
+        raise ValueError(
+            f"train_freq in episodes is for one environment, and there are {n_envs}: give a number of steps, for instance "
+            "train_freq=1 with gradient_steps=-1."
+        )
 
 
 def check_replay_buffer(buffer: Any, buffer_class: type, observation_space: spaces.Space, action_space: spaces.Space) -> None:
@@ -111,6 +159,11 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
             raise ValueError(
                 "EZV2 supports Box, Discrete, MultiBinary and MultiDiscrete observation spaces and Dicts of them, not "
                 f"{space}: flatten it with gymnasium.wrappers.FlattenObservation."
+            )
+        if isinstance(space, spaces.Box) and space.shape == ():
+            raise ValueError(
+                "Box observations must have at least one dimension, not the shape (): give single numbers one with "
+                "gymnasium.wrappers.ReshapeObservation(env, (1,))."
             )
         if isinstance(space, spaces.MultiDiscrete) and len(space.shape) > 1:
             raise ValueError(f"MultiDiscrete observations must have one dimension, not the shape {space.shape}.")

@@ -11,6 +11,7 @@ import torch as th
 from common import BOX, TINY, FaultyEnv, SpacesEnv
 from gymnasium import spaces
 from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise
 
 from sb3_ezv2 import EZV2
@@ -132,7 +133,41 @@ def test_settings_changed_on_loading_are_checked(tmp_path: Any) -> None:
 
 def test_buffer_below_one_window() -> None:
     with pytest.raises(ValueError, match="enlarge buffer_size"):
-        EZV2("MlpPolicy", "CartPole-v1", **{**TINY, "buffer_size": 10}).learn(10)
+        EZV2("MlpPolicy", "CartPole-v1", **{**TINY, "buffer_size": 10})
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        (dict(gamma=0.5), "'gamma' is set by EZV2's own argument 'gamma'"),
+        (dict(alpha=1.0), "'alpha' is set by EZV2's own argument 'priority_alpha'"),
+        (dict(bad=1), "SequenceReplayBuffer takes no argument 'bad': it has frame_stack"),
+    ],
+)
+def test_arguments_of_the_replay_buffer(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        EZV2("MlpPolicy", "CartPole-v1", replay_buffer_kwargs=kwargs, **TINY)
+
+
+def test_frames_that_are_none() -> None:
+    with pytest.raises(ValueError, match="frame_stack=2 is for images"):
+        EZV2("MlpPolicy", "CartPole-v1", replay_buffer_kwargs=dict(frame_stack=2), **TINY)
+
+
+@pytest.mark.parametrize("train_freq", [0, -1, (0, "episode")])
+def test_no_steps_between_updates(train_freq: Any) -> None:
+    with pytest.raises(ValueError, match="train_freq must be an integer of at least 1"):
+        EZV2("MlpPolicy", "CartPole-v1", **{**TINY, "train_freq": train_freq})
+
+
+def test_episodes_of_several_environments() -> None:
+    with pytest.raises(ValueError, match="train_freq in episodes is for one environment, and there are 2"):
+        EZV2("MlpPolicy", make_vec_env("CartPole-v1", 2), **{**TINY, "train_freq": (1, "episode")})
+
+
+def test_observations_without_dimensions() -> None:
+    with pytest.raises(ValueError, match="Box observations must have at least one dimension"):
+        EZV2("MlpPolicy", SpacesEnv(spaces.Box(-1.0, 1.0, (), np.float32), spaces.Discrete(2)), **TINY)
 
 
 @pytest.mark.parametrize("fault", ["observation", "final observation", "reward"])

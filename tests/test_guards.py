@@ -16,7 +16,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from common import BOX, FaultyEnv, SpacesEnv, make
+from common import BOX, FaultyEnv, SpacesEnv, make, weights
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -250,3 +250,28 @@ def test_failing_callback_does_not_lose_the_step(tmp_path: Path) -> None:
     for agent in (model, loaded):
         agent.learn(50, reset_num_timesteps=False)
     assert all(th.equal(a, b) for a, b in zip(model.policy.parameters(), loaded.policy.parameters()))
+
+
+@pytest.mark.parametrize("at", [3, 35])
+def test_ctrl_c_amid_the_updates_of_a_rollout(at: int, tmp_path: Path) -> None:
+    """The rest of them is made when the run goes on, the final ones too."""
+    settings = dict(train_freq=10, gradient_steps=10, final_gradient_steps=20, learning_starts=30)
+    whole = make("Pendulum-v1", **settings).learn(60)
+    model = make("Pendulum-v1", **settings)
+    update = model._update
+
+    def interrupted(batch_size: int) -> None:
+        update(batch_size)
+        if model._n_updates == at:
+            interrupt()
+
+    model._update = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(60)
+    assert model._n_updates == at
+    del model._update
+    model.save_checkpoint(tmp_path / "agent")
+    loaded = EZV2.load_checkpoint(tmp_path / "agent", env="Pendulum-v1", device="cpu")
+    for agent in (model, loaded):
+        agent.learn(agent.remaining_timesteps, reset_num_timesteps=False)
+        assert agent._n_updates == whole._n_updates == 50 and th.equal(weights(agent), weights(whole))

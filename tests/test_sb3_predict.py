@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -228,3 +229,26 @@ def test_images_with_channels_last_or_first_are_the_same() -> None:
     last, first = (model.predict(x, deterministic=True)[0] for x in (batch, np.moveaxis(batch, -1, 1)))
     np.testing.assert_array_equal(last, first)
     np.testing.assert_allclose(model.predict(batch[0], deterministic=True)[0], last[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("actions", [DISCRETE, CONTINUOUS], ids=str)
+def test_threads_that_predict_with_one_agent(actions: spaces.Space) -> None:
+    model = trained(actions=actions)
+    observations = [model.observation_space.sample() for _ in range(60)]
+    simulations = [None, 2, 0]
+    expected = [[model.predict(x, deterministic=True, n_simulations=n)[0] for n in simulations] for x in observations]
+
+    def differences() -> int:
+        found = [[model.predict(x, deterministic=True, n_simulations=n)[0] for n in simulations] for x in observations]
+        return sum(not np.array_equal(a, b) for rows in zip(found, expected) for a, b in zip(*rows))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(job.result() for job in [pool.submit(differences) for _ in range(4)]) == 0
+
+
+def test_the_copies_of_the_network_are_never_trained() -> None:
+    policy = trained().policy
+    for mode in (True, False):
+        policy.train(mode)
+        assert [network.training for network in policy.networks()] == [mode, False, False, False, False]
+    assert not policy.eval().network.training
