@@ -532,7 +532,6 @@ class EZV2(ResumableAlgorithm):
         self.policy.set_training_mode(True)
         while True:
             self._update(self.batch_size if batch_size is None else batch_size)
-            self._updates_left -= 1
             if self._updates_left == 0:
                 break
             self._interrupt.check()
@@ -596,6 +595,7 @@ class EZV2(ResumableAlgorithm):
             self._update_priorities(batch.slots[:, 0], value_errors, stamps)
 
             self._n_updates += 1
+            self._updates_left -= 1
             policy.follow(policy.averaged_network, averaging_weight(self._n_updates, self.average_fraction))
             if self.tau < 1.0:
                 policy.follow(policy.bootstrap_network, self.tau)

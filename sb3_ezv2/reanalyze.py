@@ -272,8 +272,9 @@ class Reanalyzer:
         values = th.where(by_search & mask, spread(roots.value), values)
         value_mask = th.where(by_search, mask | value_mask, value_mask)
         stats["target/search_share"] = (by_search & mask).sum() / mask.sum().clamp(min=1)
-        limit = self.bootstrap.value_support.limit
-        stats["target/value_clipped"] = ((values.abs() > limit) & value_mask).sum() / value_mask.sum().clamp(min=1)
+        network, rewards = self.bootstrap, self.bootstrap.reward_targets(batch.rewards)
+        stats["target/value_clipped"] = _share_above(values, network.value_support.limit, value_mask)
+        stats["target/reward_clipped"] = _share_above(rewards, network.reward_support.limit, batch.reward_mask)
         candidates = None if roots.candidates is None else spread(roots.candidates)
         return Targets(values, value_mask, spread(roots.policy), candidates), stats
 
@@ -344,6 +345,10 @@ class Reanalyzer:
         result = self.search.run(observations(rows[first[due]]), rng)
         self.cache.put(unique[due], self._roots(result))
         return self.cache.get(slots, device), _search_stats(result, searched=int(due.sum()), wanted=len(slots))
+
+
+def _share_above(targets: th.Tensor, limit: th.Tensor, mask: th.Tensor) -> th.Tensor:
+    return ((targets.abs() > limit) & mask).sum() / mask.sum().clamp(min=1)
 
 
 def _search_stats(result: SearchResult | None, searched: int, wanted: int) -> dict[str, th.Tensor]:

@@ -81,11 +81,15 @@ class StubSearch:
 
 
 class StubBootstrap:
-    """Values x at 10 x, and can express up to 150."""
+    """Values x at 10 x, and can express values up to 150 and rewards up to 3."""
 
     def __init__(self) -> None:
         self.value_support = CategoricalSupport(SupportSpec(15.0, 51, "h"))
         self.value_support.scale.fill_(10)
+        self.reward_support = CategoricalSupport(SupportSpec(3.0, 51, "h"))
+
+    def reward_targets(self, rewards: th.Tensor) -> th.Tensor:
+        return rewards
 
     def values(self, obs: th.Tensor) -> th.Tensor:
         return 10 * obs[:, 0]
@@ -219,13 +223,14 @@ def test_priorities_need_no_unroll() -> None:
     assert values.tolist() == [[32], [4], [4]]
 
 
-def test_the_share_of_values_that_cannot_be_expressed_is_told() -> None:
-    """The support ends at 150: n-step values are below, search-based ones above."""
+def test_the_share_of_targets_that_cannot_be_expressed_is_told() -> None:
+    """The support ends at 150: n-step values are below, search-based ones above; of the rewards 1, 2, 4 the last."""
     buffer = make_buffer()
     batch = buffer.sequences(np.array(write(buffer, 10, 3, "terminated")))
     for value_target, share in (("td", 0.0), ("search", 6 / 12)):
         _, stats = make(buffer, value_target=value_target)[0].targets(batch, 0, RNG)
         assert stats["target/value_clipped"].item() == pytest.approx(share)
+        assert stats["target/reward_clipped"].item() == pytest.approx(3 / 9)
         if value_target == "td":
             assert stats["target/td_value"].item() == pytest.approx((32 + 4 * 5) / 12)
     assert "target/td_value" not in stats  # where all values are search-based, none is computed

@@ -15,6 +15,7 @@ KEYS = {
     "train/loss", "train/reward_loss", "train/policy_loss", "train/value_loss", "train/consistency_loss",
     "train/policy_entropy", "train/value_error", "train/grad_norm", "train/learning_rate",
     "target/td_value", "target/search_value", "target/search_share", "target/value_clipped",
+    "target/reward_clipped",
     "search/acting_value", "search/acting_depth", "search/root_value", "search/depth", "search/policy_entropy",
     "search/reused", "search/network_value", "search/searched_states",
 }  # fmt: skip
