@@ -59,6 +59,7 @@ class Ezv2Policy(BasePolicy):
         its effect on learning is not known
     :param train_dtype: ``"bfloat16"``: matrix products and convolutions of training in bfloat16 (autocast), where the
         processor has it; weights, losses and the optimizer stay float32
+    :param predicts_observations: a head predicts observations from imagined states
     :param features_extractor_class: Features extractor to use
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
@@ -339,7 +340,11 @@ class Ezv2Policy(BasePolicy):
         return SquashedGaussian(head).sample(th.from_numpy(noise).to(head.device))
 
     def to_env_actions(self, actions: th.Tensor) -> th.Tensor:
-        """:return: discrete actions with the space's own start and type; continuous ones are still in [-1, 1]"""
+        """
+        :param actions: as a search gives them
+        :return: discrete ones with the space's own start, of several dimensions with its type, too; continuous ones are still
+            in [-1, 1]
+        """
         if isinstance(self.action_space, spaces.Discrete):
             return actions + int(self.action_space.start)
         if isinstance(self.action_space, (spaces.MultiDiscrete, spaces.MultiBinary)):

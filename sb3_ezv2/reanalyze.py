@@ -257,7 +257,8 @@ class Reanalyzer:
         of_sequence = self._search_based(batch, n_updates)  # numpy [B]
         values = batch.returns
         if not of_sequence.all():
-            # Where values are search-based, windows count up to a termination alone: what lies at their ends is not asked
+            # Only for sequences with n-step values: the others need no bootstrap, since of their windows just those are used
+            # that ended in a termination
             others = th.from_numpy(np.flatnonzero(~of_sequence)).to(mask.device)
             td_values, their_mask = self.td_values(batch, others), value_mask[others]
             values = values.index_copy(0, others, td_values)

@@ -75,7 +75,7 @@ def planned_updates(steps: int, learning_starts: int, train_freq: TrainFreq, gra
     """
     learning = max(0, steps - learning_starts)
     if gradient_steps < 0 or train_freq.unit == TrainFrequencyUnit.EPISODE:
-        return float(learning)  # for episodes of a length that is not known, at most one update per step is meant
+        return float(learning)  # episodes are of unknown length: as if there were one update per step
     return learning * gradient_steps / (train_freq.frequency * n_envs)
 
 

@@ -418,7 +418,7 @@ def check_observation(observation: Any, space: spaces.Space) -> None:
             given = f"a {type(observation).__name__}" if keys is None else f"one with the keys {keys}"
             raise ValueError(f"the observation must be a dictionary with the keys {sorted(space.spaces)}, not {given}.")
     elif isinstance(observation, dict):
-        return  # of this SB3 speaks
+        return  # SB3's own check raises an error for this
     for key in image_keys(space):
         shape = np.shape(observation if key is None else observation[key])
         if len(shape) not in (3, 4):
