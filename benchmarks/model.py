@@ -3,10 +3,11 @@ Is the model right? Looks at an agent that ``benchmarks.learn`` saved (``--save-
 
     python -m benchmarks.model walker-walk/checkpoints --env dm_control/walker-walk-v0 --action-repeat 2
 
-First, on stored sequences, after each unrolled step: how far predicted rewards are off, whether the value of an imagined
-state is that of the observed one, and how much of the observation can be told from the imagined state (R², mean over its
-numbers; a linear regression on one half of the sequences, read on the other), beside a linear regression on the first
-observation and the actions alone.
+First, on stored sequences, after each unrolled step: how far predicted rewards are off, and how far with the last action
+of another sequence; whether the value of an imagined state is that of the observed one, and how much of the observation is in
+the imagined state (R², mean over its numbers; a linear regression on one half of the sequences, read on the other), beside a
+linear regression on the first observation and the actions alone. The same again on episodes that the agent plays now, with
+its noise: what is worse there was learned by heart.
 
 Then, at states of the agent's own episodes, what a search needs: candidate actions ranked by the model (reward and value of
 the next state) and by the simulator, which makes each of them and goes on with the policy head. The simulator returns to a
@@ -29,6 +30,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from benchmarks.envs import make_vec_env
 from benchmarks.provenance import commit, machine
 from sb3_ezv2 import EZV2, MlpPolicy
+from sb3_ezv2.replay_buffer import SequenceReplayBuffer
 
 BETWEEN = 15
 """Steps of an episode from one state that is looked at to the next."""
@@ -56,30 +58,55 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.corrcoef(x.argsort().argsort(), y.argsort().argsort())[0, 1])
 
 
-def on_stored_sequences(model: EZV2, size: int, rng: np.random.Generator) -> None:
-    """Print how the unrolled model compares with what was stored. :param size: sequences"""
-    buffer, network = model.replay_buffer, model.policy.averaged_network
-    assert buffer is not None
-    starts = np.flatnonzero(buffer.weights > 0)
+def play(model: EZV2, env_id: str, repeat: int, steps: int, seed: int) -> SequenceReplayBuffer:
+    """:param steps: about so many, of four episodes at once :return: what the agent meets when it acts with noise"""
+    env = make_vec_env(env_id, 4, repeat)
+    env.seed(seed)
+    unroll, spaces_of_env = model.unroll_steps, (model.observation_space, model.action_space)
+    buffer = SequenceReplayBuffer(4 * steps, *spaces_of_env, device="cpu", n_envs=4, unroll_steps=unroll, td_steps=unroll)
+    obs = env.reset()
+    th.manual_seed(seed)
+    for _ in range(steps // 4):
+        assert isinstance(obs, np.ndarray)
+        actions, _ = model.predict(obs)
+        following, rewards, over, infos = env.step(actions)
+        assert isinstance(following, np.ndarray)
+        last = [info.get("terminal_observation", seen) for info, seen in zip(infos, following)]
+        buffer.add(obs, np.stack(last), model.policy.from_env_actions(actions), rewards, over, infos)
+        obs = following
+    return buffer
+
+
+def on_sequences(model: EZV2, buffer: SequenceReplayBuffer, what: str, size: int, rng: np.random.Generator) -> None:
+    """Print how the unrolled model compares with what was met. :param what: was met :param size: sequences"""
+    network = model.policy.averaged_network
+    starts = np.union1d(np.flatnonzero(buffer.weights > 0), buffer.take_fresh())
     batch = buffer.sequences(rng.choice(starts, min(size, len(starts)), replace=False), env=model._vec_normalize_env)
     whole = batch.observed.all(1)
     observations, actions = batch.observations[whole].float(), batch.actions[whole]
     scale = observations[:, 0].std(0) + 1e-6
     one_hot = actions if actions.is_floating_point() else network.one_hot[actions]
-    print(f"{int(whole.sum())} stored sequences; standard deviation of the rewards {batch.rewards[whole].std():.3f}")
-    print("step: mean |reward error|; correlation of V(imagined) and V(observed); R2 of the observation: of the model, linear")
+    print(f"{int(whole.sum())} {what}; standard deviation of the rewards {batch.rewards[whole].std():.3f}")
+    print(
+        "step: mean |reward error|, with another's action; correlation of V(imagined) and V(observed); "
+        "R2 of the observation: of the model, linear"
+    )
     with th.no_grad():
         state = network.represent(observations[:, 0])
         for step in range(actions.shape[1]):
+            others = network.dynamics_step(state, actions[:, step].roll(1, 0))
             state = network.dynamics_step(state, actions[:, step])
-            reward = network.reward_support.decode(network.reward_logits(state.unsqueeze(0)))[0]
+            reward, of_others = (
+                network.reward_support.decode(network.reward_logits(x.unsqueeze(0)))[0] for x in (state, others)
+            )
             imagined = network.value_support.decode(network.value_head(state))
             observed = network.values(observations[:, step + 1])
             following = observations[:, step + 1] / scale
             known = th.cat([observations[:, 0] / scale, one_hot[:, : step + 1].flatten(1)], dim=1)
-            error, agreement = (reward - batch.rewards[whole, step]).abs().mean(), np.corrcoef(imagined, observed)[0, 1]
-            told, linear = explained(state, following), explained(known, following)
-            print(f"  {step + 1}: {error:.4f}; {agreement:.3f}; {told:.3f} {linear:.3f}")
+            error, with_others = ((x - batch.rewards[whole, step]).abs().mean() for x in (reward, of_others))
+            agreement = np.corrcoef(imagined, observed)[0, 1]
+            held, linear = explained(state, following), explained(known, following)
+            print(f"  {step + 1}: {error:.4f} {with_others:.4f}; {agreement:.3f}; {held:.3f} {linear:.3f}")
 
 
 def candidates(model: EZV2, policy: th.Tensor, count: int, rng: np.random.Generator) -> th.Tensor:
@@ -193,7 +220,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model.load_replay_buffer(folder / "replay_buffer.pkl")
     rng = np.random.default_rng(options.seed)
     print(f"{options.env}, {model.num_timesteps} steps, {model._n_updates} updates; {machine()}; {commit()}")
-    on_stored_sequences(model, options.sequences, rng)
+    assert model.replay_buffer is not None
+    on_sequences(model, model.replay_buffer, "stored sequences", options.sequences, rng)
+    played = play(model, options.env, options.action_repeat, options.sequences, int(rng.integers(2**31)))
+    on_sequences(model, played, "sequences of new episodes", options.sequences, rng)
     at_own_states(model, options.env, options.action_repeat, options.states, options.horizon, rng)
 
 
