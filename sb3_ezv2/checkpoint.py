@@ -178,7 +178,7 @@ class FullCheckpointCallback(BaseCallback):
         self.name_prefix = name_prefix
         self.keep = keep
         self._due = False
-        self._saved_at = -1
+        self._saved_at = (-1, -1)
 
     def _init_callback(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +191,7 @@ class FullCheckpointCallback(BaseCallback):
         (self.folder / f"{self.name_prefix}.writable").unlink()
 
     def _on_training_start(self) -> None:
-        self._saved_at = self.model.num_timesteps
+        self._saved_at = self._now()
         on_failure = getattr(self.model, "on_failure", None)
         if on_failure is not None:
             on_failure.append(self._failed)
@@ -206,13 +206,17 @@ class FullCheckpointCallback(BaseCallback):
             self._try_to_save()
 
     def _on_training_end(self) -> None:
-        if self._saved_at != self.model.num_timesteps:
+        if self._saved_at != self._now():
             self._try_to_save()
+
+    def _now(self) -> tuple[int, int]:
+        """:return: steps and updates so far"""
+        return self.model.num_timesteps, getattr(self.model, "_n_updates", 0)
 
     def _failed(self, error: BaseException) -> None:
         """:param error: that ends the training"""
         if isinstance(error, KeyboardInterrupt):
-            if self._saved_at != self.model.num_timesteps:
+            if self._saved_at != self._now():
                 self._try_to_save()
             return
         older = _checkpoints(self.folder, self.name_prefix, r"_error\.zip")
@@ -232,7 +236,7 @@ class FullCheckpointCallback(BaseCallback):
             return None
 
     def _save(self, ending: str) -> pathlib.Path:
-        self._due, self._saved_at = False, self.model.num_timesteps
+        self._due, self._saved_at = False, self._now()
         path = self.folder / f"{self.name_prefix}_{self.model.num_timesteps}_steps{ending}.zip"
         if self.verbose >= 2:
             print(f"Saving a checkpoint to {path}")

@@ -24,7 +24,7 @@ from sb3_ezv2.parts import check_buffer, exploration_eps, make_reanalyzer, make_
 from sb3_ezv2.policies import PREFIX_WINDOW, CnnPolicy, Ezv2Policy, MlpPolicy, MultiInputPolicy, policy_for
 from sb3_ezv2.reanalyze import Reanalyzer
 from sb3_ezv2.replay_buffer import SequenceReplayBuffer
-from sb3_ezv2.resumable import OpenRollout, ResumableAlgorithm
+from sb3_ezv2.resumable import LeftUpdates, OpenRollout, ResumableAlgorithm
 from sb3_ezv2.schedules import (
     LONGEST_TARGET_UPDATE_INTERVAL,
     averaging_weight,
@@ -268,8 +268,9 @@ class EZV2(ResumableAlgorithm):
 
         self._warmup_updates = 0
         self._predicts_observations: bool | None = None  # None: of a new agent
-        # Updates after which the acting and the target network were last refreshed
-        self._acting_refreshed_at = self._target_refreshed_at = 0
+        # Updates after which the acting and the target network were last refreshed. None: loaded from a file without them
+        self._acting_refreshed_at: int | None = None
+        self._target_refreshed_at: int | None = None
         self._target_update_interval = LONGEST_TARGET_UPDATE_INTERVAL
         self._generators: dict[str, np.random.Generator] | None = None
         self._reanalyzer: Reanalyzer | None = None
@@ -289,7 +290,6 @@ class EZV2(ResumableAlgorithm):
         check_spaces(self.observation_space, self.action_space)
         check_normalizer(self._vec_normalize_env, self.observation_space)
         check_settings(self.__dict__)
-        check_buffer(self)
         policy_kwargs = dict(self.policy_kwargs)
         if self._predicts_observations is None:
             self._predicts_observations = self.observation_coef > 0
@@ -297,9 +297,8 @@ class EZV2(ResumableAlgorithm):
             if not issubclass(self.policy_class, MlpPolicy):
                 raise ValueError("observation_coef is for observations without images: use observation_coef=0.")
             policy_kwargs["predicts_observations"] = True
-        self._convert_train_freq()
-        assert isinstance(self.train_freq, TrainFreq)
-        check_train_freq(self.train_freq, self.n_envs)
+        if self._generators is None:  # a loaded agent may be there to predict alone, in any number of environments
+            self._check_learning()
         self._setup_lr_schedule()
         restored, sampled_space = self._generators, copy.deepcopy(self.action_space)
         self.set_random_seed(self.seed)
@@ -317,6 +316,13 @@ class EZV2(ResumableAlgorithm):
         )
         self.policy = self.policy.to(self.device)
         self._check_networks()
+
+    def _check_learning(self) -> None:
+        """:raises ValueError, TypeError: settings of learning that cannot be, in as many environments as there are"""
+        check_buffer(self)
+        self._convert_train_freq()
+        assert isinstance(self.train_freq, TrainFreq)
+        check_train_freq(self.train_freq, self.n_envs)
 
     def _check_networks(self) -> None:
         """:raises ValueError: settings that the networks were not made for"""
@@ -394,7 +400,9 @@ class EZV2(ResumableAlgorithm):
         check_normalizer(self._vec_normalize_env, self.observation_space)
         # Attributes may have been changed since they were checked
         check_settings(self.__dict__)
+        self._check_learning()
         self._check_networks()
+        self._setup_lr_schedule()
         self.policy.set_search_settings(search_settings(self))
         env_is_reset = reset_num_timesteps or self._last_obs is None
         planned_steps = total_timesteps + (0 if reset_num_timesteps else self.num_timesteps)
@@ -410,18 +418,29 @@ class EZV2(ResumableAlgorithm):
         self.replay_buffer.set_sampling(
             self.gamma, self.unroll_steps, self.td_steps, self.td_steps_min, self.priority_alpha, self.priority_beta
         )
+        known = self.replay_buffer.cache
         self._reanalyzer = make_reanalyzer(self, self.replay_buffer)
+        if known is not None and self._reanalyzer.cache is not known:
+            self._rollout.search = None  # made with other settings, like all that the cache knew
+        self._find_refreshes()
         self._plan(planned_steps)
         if env_is_reset:
             self._rollout = OpenRollout()
         if reset_num_timesteps:
             self._stats, self._updates_left = {}, 0
+        if self._updates_left > 0:
+            callback = LeftUpdates.after(callback)
         total_timesteps, callback = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         check_finite("first observation", self._last_obs, self.num_timesteps)
-        self._make_updates()  # those of the last rollout that an interruption has left
         return total_timesteps, callback
+
+    def _find_refreshes(self) -> None:
+        if self._acting_refreshed_at is None:
+            self._acting_refreshed_at = self._n_updates // self.acting_update_interval * self.acting_update_interval
+        if self._target_refreshed_at is None:
+            self._target_refreshed_at = self._n_updates // self._target_update_interval * self._target_update_interval
 
     def _plan(self, planned_steps: int) -> None:
         """Set what depends on the length of the whole run. :param planned_steps: environment steps, past ones included"""
@@ -496,6 +515,7 @@ class EZV2(ResumableAlgorithm):
             self._reanalyzer.store(replay_buffer.last_slots, self._last_search)
 
     def _acting_is_as_new_as_target(self) -> bool:
+        assert self._acting_refreshed_at is not None and self._target_refreshed_at is not None
         return self._acting_refreshed_at >= self._target_refreshed_at
 
     # ------------------------------------------------------------------ learning
@@ -522,10 +542,10 @@ class EZV2(ResumableAlgorithm):
         if self.replay_buffer.num_sampleable == 0:
             return  # the very first transition, whose next observation is still to come
         self._updates_left = gradient_steps
-        self._make_updates(batch_size)
+        self.make_updates(batch_size)
 
-    def _make_updates(self, batch_size: int | None = None) -> None:
-        """Those that are left of a rollout. :param batch_size: None: the algorithm's"""
+    def make_updates(self, batch_size: int | None = None) -> None:
+        """The updates of the last rollout that are still to be made. :param batch_size: None: the algorithm's"""
         assert self.replay_buffer is not None
         if self._updates_left == 0 or self.replay_buffer.num_sampleable == 0:
             return

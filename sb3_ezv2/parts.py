@@ -8,7 +8,7 @@ from sb3_ezv2.frames import ObservationStore, frames_per_observation
 from sb3_ezv2.reanalyze import Reanalyzer, learns_best_action
 from sb3_ezv2.replay_buffer import SequenceReplayBuffer, check_ring
 from sb3_ezv2.search import SearchSettings, searches_all_actions
-from sb3_ezv2.validation import check_buffer_kwargs, check_memory
+from sb3_ezv2.validation import check_buffer_kwargs, check_integer, check_memory
 
 if TYPE_CHECKING:
     from sb3_ezv2.ezv2 import EZV2
@@ -45,7 +45,7 @@ def frame_stack(agent: EZV2) -> int:
 def check_buffer(agent: EZV2) -> None:
     """
     :raises ValueError: the replay buffer is of another kind, too small, or for images that are no stacks of frames
-    :raises TypeError: one of its arguments does not exist
+    :raises TypeError: one of its arguments does not exist, or is another setting's
     """
     buffer_class = agent.replay_buffer_class
     assert buffer_class is not None
@@ -55,6 +55,7 @@ def check_buffer(agent: EZV2) -> None:
             "replay_buffer_class must be a subclass of sb3_ezv2.replay_buffer.SequenceReplayBuffer or None."
         )
     check_buffer_kwargs(buffer_class, agent.replay_buffer_kwargs)
+    check_integer("frame_stack in replay_buffer_kwargs", frame_stack(agent), 1)
     check_ring(agent.buffer_size, agent.n_envs, agent.unroll_steps, agent.td_steps, frame_stack(agent))
     ObservationStore(agent.observation_space, n_envs=1, ring=1, frame_stack=frame_stack(agent))
 

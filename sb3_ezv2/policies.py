@@ -235,7 +235,8 @@ class Ezv2Policy(BasePolicy):
         n_simulations: int | None = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
-        Actions by search with the averaged network, or by its policy head alone.
+        Actions by search with the averaged network, or by its policy head alone. Several threads may call it, but not while
+        the agent learns in another one.
 
         :param observation: one, or a batch of them
         :param state: not used, as in SB3's policies without a memory

@@ -195,6 +195,8 @@ class Reanalyzer:
             if known is None or known.made_by != self.made_by:
                 known = SearchCache(buffer, num_candidates, None if self.discrete else width, dtype, self.made_by)
             self.cache = buffer.cache = known
+        else:
+            buffer.cache = None
         if buffer.prepared is not None and buffer.prepared.made_by != self.made_by:
             buffer.prepared = None
 
@@ -210,7 +212,10 @@ class Reanalyzer:
             self.cache.version += 1
 
     def sign(self) -> None:
-        """Searches are from now on those of the target network as it is now."""
+        """
+        What was searched so far is of the target network as it is now, too: where only the reward scale of an untrained
+        network has changed, whose values are 0 in any unit.
+        """
         self.made_by = self.digest()
         if self.cache is not None:
             self.cache.made_by = self.made_by

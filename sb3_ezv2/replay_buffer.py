@@ -167,9 +167,10 @@ class SequenceReplayBuffer(ReplayBuffer):
 
         :raises ValueError: too few slots for one window
         """
-        if (gamma, unroll_steps) != (self.gamma, self.unroll_steps):
-            self.prepared = None
         check_ring(self.buffer_size, self.n_envs, unroll_steps, td_steps, self.frame_stack)
+        before = self.gamma, self.unroll_steps, self.td_steps, self.td_steps_min, self.beta
+        if (gamma, unroll_steps, td_steps, min(td_steps_min, td_steps), beta) != before:
+            self.prepared = None
         if alpha != self.alpha:
             known = self.weights > 0
             # with the exponent 0 the priorities were not kept: they are 1 until they are drawn

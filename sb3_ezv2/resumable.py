@@ -18,7 +18,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, TrainFreq, TrainFrequencyUnit
@@ -55,6 +55,27 @@ class OpenRollout:
     search: SearchResult | None = None
 
 
+class LeftUpdates(BaseCallback):
+    """When training starts, makes the updates that an interruption has left of the last rollout."""
+
+    @classmethod
+    def after(cls, callback: MaybeCallback) -> CallbackList:
+        """:param callback: as ``learn()`` takes it :return: that, then this one, so that it sees what happens here"""
+        if callback is None:
+            first: list[BaseCallback] = []
+        elif isinstance(callback, list):
+            first = callback
+        else:
+            first = [callback if isinstance(callback, BaseCallback) else ConvertCallback(callback)]
+        return CallbackList([*first, cls()])
+
+    def _on_training_start(self) -> None:
+        self.model.make_updates()  # type: ignore[attr-defined]
+
+    def _on_step(self) -> bool:
+        return True
+
+
 class ResumableAlgorithm(OffPolicyAlgorithm):
     """Base of :class:`sb3_ezv2.ezv2.EZV2`: see the module. It adds no argument to SB3's."""
 
@@ -68,7 +89,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         self.on_failure = []
         self._interrupt = DeferredInterrupt()
         self._rollout = OpenRollout()
-        self._updates_left = 0  # that follow the last rollout and are still to be made
+        self._updates_left = 0  # updates of the last rollout that are still to be made
         self._last_search: SearchResult | None = None
         # Sums of device tensors and their counts, read once per log interval
         self._stats: dict[str, tuple[Any, int]] = {}

@@ -149,6 +149,12 @@ def test_arguments_of_the_replay_buffer(kwargs: dict[str, Any], message: str) ->
         EZV2("MlpPolicy", "CartPole-v1", replay_buffer_kwargs=kwargs, **TINY)
 
 
+@pytest.mark.parametrize("frame_stack", [None, "2", 0, -1])
+def test_numbers_of_frames(frame_stack: Any) -> None:
+    with pytest.raises(ValueError, match="frame_stack in replay_buffer_kwargs must be an integer of at least 1"):
+        EZV2("MlpPolicy", "CartPole-v1", replay_buffer_kwargs=dict(frame_stack=frame_stack), **TINY)
+
+
 def test_frames_that_are_none() -> None:
     with pytest.raises(ValueError, match="frame_stack=2 is for images"):
         EZV2("MlpPolicy", "CartPole-v1", replay_buffer_kwargs=dict(frame_stack=2), **TINY)

@@ -254,24 +254,36 @@ def test_failing_callback_does_not_lose_the_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at", [3, 35])
 def test_ctrl_c_amid_the_updates_of_a_rollout(at: int, tmp_path: Path) -> None:
-    """The rest of them is made when the run goes on, the final ones too."""
+    """The rest of them is made when the run goes on, the final ones too, and is not lost by another Ctrl-C."""
     settings = dict(train_freq=10, gradient_steps=10, final_gradient_steps=20, learning_starts=30)
     whole = make("Pendulum-v1", **settings).learn(60)
+
+    def interrupted(model: EZV2, at: int) -> None:
+        update = model._update
+
+        def one(batch_size: int) -> None:
+            update(batch_size)
+            if model._n_updates == at:
+                interrupt()
+
+        model._update = one  # type: ignore[method-assign]
+        callback, first = FullCheckpointCallback(1000, tmp_path), model.num_timesteps == 0
+        with pytest.raises(KeyboardInterrupt):
+            model.learn(60 if first else model.remaining_timesteps, callback=callback, reset_num_timesteps=first)
+        assert model._n_updates == at
+        del model._update
+
+    def saved() -> EZV2:
+        path = latest_checkpoint(tmp_path)
+        assert path is not None
+        return EZV2.load_checkpoint(path, env="Pendulum-v1", device="cpu")
+
     model = make("Pendulum-v1", **settings)
-    update = model._update
-
-    def interrupted(batch_size: int) -> None:
-        update(batch_size)
-        if model._n_updates == at:
-            interrupt()
-
-    model._update = interrupted  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        model.learn(60)
-    assert model._n_updates == at
-    del model._update
-    model.save_checkpoint(tmp_path / "agent")
-    loaded = EZV2.load_checkpoint(tmp_path / "agent", env="Pendulum-v1", device="cpu")
-    for agent in (model, loaded):
-        agent.learn(agent.remaining_timesteps, reset_num_timesteps=False)
+    interrupted(model, at)
+    model.learn(model.remaining_timesteps, reset_num_timesteps=False)
+    again = saved()
+    interrupted(again, at + 2)
+    again = saved()
+    again.learn(again.remaining_timesteps, callback=FullCheckpointCallback(1000, tmp_path), reset_num_timesteps=False)
+    for agent in (model, again, saved()):
         assert agent._n_updates == whole._n_updates == 50 and th.equal(weights(agent), weights(whole))

@@ -11,13 +11,14 @@ import pytest
 import torch as th
 from common import BOX, SpacesEnv, make, weights
 from gymnasium import spaces
+from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_ezv2 import EZV2
 from sb3_ezv2.replay_buffer import SequenceReplayBuffer
 
 CHANGES: dict[str, Any] = dict(
     gamma=0.5, unroll_steps=3, td_steps=9, td_steps_min=2, priority_alpha=1.0, priority_beta=0.5, n_simulations=8,
-    value_target="search", tau=1.0, cache_refresh_fraction=0.5,
+    value_target="search", tau=1.0, cache_refresh_fraction=0.5, learning_rate=1e-5, train_freq=4,
 )  # fmt: skip
 
 
@@ -31,6 +32,7 @@ def check_in_use(model: EZV2) -> None:
         assert (search.settings.gamma, search.settings.n_simulations) == (0.5, 8)
     assert reanalyzer.search is policy.target_search and reanalyzer.bootstrap is policy.target_network
     assert (reanalyzer.value_target, reanalyzer.refresh_fraction) == ("search", 0.5)
+    assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5) and model._n_updates == 20 + 5
 
 
 def test_attributes_changed_between_two_calls() -> None:
@@ -44,6 +46,27 @@ def test_arguments_of_loading_a_checkpoint(tmp_path: Path) -> None:
     make().learn(60).save_checkpoint(tmp_path / "agent")
     model = EZV2.load_checkpoint(tmp_path / "agent", env="CartPole-v1", device="cpu", **CHANGES)
     check_in_use(model.learn(20, reset_num_timesteps=False))
+
+
+def test_the_step_that_was_open_may_have_been_searched_with_other_settings(tmp_path: Path) -> None:
+    def save(*_: Any) -> bool:
+        if model.num_timesteps == 60:
+            model.save_checkpoint(tmp_path / "agent")
+        return True
+
+    model = make("Pendulum-v1")
+    model.learn(61, callback=save)
+    loaded = EZV2.load_checkpoint(tmp_path / "agent", env="Pendulum-v1", device="cpu", n_sampled_actions=8)
+    assert loaded._rollout.search is not None
+    loaded.learn(10, reset_num_timesteps=False)
+
+
+def test_an_agent_of_one_environment_predicts_in_many(tmp_path: Path) -> None:
+    make(buffer_size=100, train_freq=(1, "episode")).save(tmp_path / "agent")
+    model = EZV2.load(tmp_path / "agent", env=make_vec_env("CartPole-v1", 16), device="cpu")
+    assert len(model.predict(model.get_env().reset(), deterministic=True)[0]) == 16
+    with pytest.raises(ValueError, match="enlarge buffer_size"):
+        model.learn(16)
 
 
 def test_what_is_changed_is_checked() -> None:
@@ -120,6 +143,15 @@ def test_acting_searches_are_remembered_only_if_their_network_is_new_enough() ->
     model.target_update_interval = 400
     model.learn(1, reset_num_timesteps=False)
     assert not model._acting_is_as_new_as_target()
+
+
+def test_agents_of_a_version_that_did_not_count_refreshes(tmp_path: Path) -> None:
+    model = make(acting_update_interval=1000, target_update_interval=30).learn(80)
+    model.save_checkpoint(tmp_path / "agent")
+    old = EZV2.load_checkpoint(tmp_path / "agent", env="CartPole-v1", device="cpu")
+    old._acting_refreshed_at = old._target_refreshed_at = None
+    runs = [weights(agent.learn(30, reset_num_timesteps=False)) for agent in (model, old)]
+    assert not old._acting_is_as_new_as_target() and th.equal(*runs)
 
 
 def test_a_copy_of_an_agent_learns_as_the_agent() -> None:
