@@ -550,11 +550,10 @@ class EZV2(ResumableAlgorithm):
         if self._updates_left == 0 or self.replay_buffer.num_sampleable == 0:
             return
         self.policy.set_training_mode(True)
-        while True:
+        for update in range(self._updates_left):
+            if update > 0:
+                self._interrupt.check()
             self._update(self.batch_size if batch_size is None else batch_size)
-            if self._updates_left == 0:
-                break
-            self._interrupt.check()
         self.policy.set_training_mode(False)
 
     def _set_fresh_priorities(self) -> None:

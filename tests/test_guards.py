@@ -253,25 +253,25 @@ def test_failing_callback_does_not_lose_the_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [3, 35])
-def test_ctrl_c_amid_the_updates_of_a_rollout(at: int, tmp_path: Path) -> None:
+def test_ctrl_c_amid_the_updates_of_a_rollout(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rest of them is made when the run goes on, the final ones too, and is not lost by another Ctrl-C."""
     settings = dict(train_freq=10, gradient_steps=10, final_gradient_steps=20, learning_starts=30)
     whole = make("Pendulum-v1", **settings).learn(60)
 
     def interrupted(model: EZV2, at: int) -> None:
-        update = model._update
+        update = EZV2._update
 
-        def one(batch_size: int) -> None:
-            update(batch_size)
-            if model._n_updates == at:
+        def one(self: EZV2, batch_size: int) -> None:
+            update(self, batch_size)
+            if self._n_updates == at:
                 interrupt()
 
-        model._update = one  # type: ignore[method-assign]
+        monkeypatch.setattr(EZV2, "_update", one)
         callback, first = FullCheckpointCallback(1000, tmp_path), model.num_timesteps == 0
         with pytest.raises(KeyboardInterrupt):
             model.learn(60 if first else model.remaining_timesteps, callback=callback, reset_num_timesteps=first)
         assert model._n_updates == at
-        del model._update
+        monkeypatch.undo()
 
     def saved() -> EZV2:
         path = latest_checkpoint(tmp_path)
