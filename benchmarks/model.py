@@ -78,7 +78,7 @@ def play(model: EZV2, env_id: str, repeat: int, steps: int, seed: int) -> Sequen
 
 
 def on_sequences(model: EZV2, buffer: SequenceReplayBuffer, what: str, size: int, rng: np.random.Generator) -> None:
-    """Print how the unrolled model compares with what was met. :param what: was met :param size: sequences"""
+    """Print how the unrolled model compares with what was met. :param what: their name :param size: sequences"""
     network = model.policy.averaged_network
     starts = np.union1d(np.flatnonzero(buffer.weights > 0), buffer.take_fresh())
     batch = buffer.sequences(rng.choice(starts, min(size, len(starts)), replace=False), env=model._vec_normalize_env)

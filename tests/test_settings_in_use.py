@@ -85,10 +85,11 @@ def test_the_cache_goes_on_unless_its_searches_would_be_others() -> None:
     assert model.replay_buffer is not None
     cache = model.replay_buffer.cache
     assert model.learn(10, reset_num_timesteps=False).replay_buffer.cache is cache
+    model.n_simulations = 5
+    assert model.learn(10, reset_num_timesteps=False).replay_buffer.cache not in (cache, None)
     model.reanalyze_cache = False
-    assert model.learn(10, reset_num_timesteps=False)._reanalyzer.cache is None  # type: ignore[union-attr]
-    model.reanalyze_cache, model.n_simulations = True, 5
-    assert model.learn(10, reset_num_timesteps=False).replay_buffer.cache is not cache
+    model.learn(10, reset_num_timesteps=False)
+    assert model._reanalyzer is not None and model._reanalyzer.cache is None and model.replay_buffer.cache is None
 
 
 @pytest.mark.parametrize("before, after, expected", [(0.5, 1.0, 0.09), (0.5, 0.0, 1.0), (0.0, 0.5, 1.0)])
