@@ -22,7 +22,7 @@ PIP_INSTALL = PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=constraints.txt PIP
 	$(VENV)/bin/python -m pip install -qq
 
 help:
-	@echo "make demo            train EZV2 on CartPole-v1, evaluate, save and draw (about five minutes, the installation included with the installation)"
+	@echo "make demo            train EZV2 on CartPole-v1, evaluate, save and draw (about five minutes with the installation)"
 	@echo "make test            run the tests"
 	@echo "make soak            the long form of the tests of crashes, interruptions and long runs (a quarter of an hour)"
 	@echo "make sanitize        run the tests of the compiled parts with AddressSanitizer (gcc)"
