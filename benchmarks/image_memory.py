@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sb3_ezv2.augmentation import augment
 from sb3_ezv2.image_networks import ImageNetwork
 from sb3_ezv2.losses import Targets, compute_losses
 from sb3_ezv2.replay_buffer import Batch
@@ -91,13 +92,14 @@ def count(batch_size: int, planes: int = 12, size: int = 96) -> dict[str, float]
             peaks["search of all states"] = counter.peak
             del state  # the pool stays for the next search
         counter.peak = counter.live
+        del ends
         batch = Batch(
             slots=np.zeros((batch_size, UNROLL + 1), np.int64),
-            observations=observations * th.ones(batch_size, UNROLL + 1, 1, 1, 1),  # augmented
+            observations=augment(observations, space, 4, 0.05, np.random.default_rng(0)),
             actions=th.zeros(batch_size, UNROLL, dtype=th.long),
             rewards=th.zeros(batch_size, UNROLL),
             returns=th.zeros(batch_size, UNROLL + 1),
-            bootstrap_observations=ends,
+            bootstrap_observations=None,
             bootstrap_discounts=th.zeros(batch_size, UNROLL + 1),
             observed=mask(batch_size, UNROLL + 1),
             reward_mask=mask(batch_size, UNROLL),
@@ -106,6 +108,7 @@ def count(batch_size: int, planes: int = 12, size: int = 96) -> dict[str, float]
             weights=th.ones(batch_size),
             ages=np.zeros(batch_size, np.int64),
         )
+        del observations
         policies = th.full((batch_size, UNROLL + 1, ACTIONS), 1 / ACTIONS)
         targets = Targets(th.zeros(batch_size, UNROLL + 1), batch.value_mask, policies, None)
         losses = compute_losses(networks[0].train(), batch, targets, np.random.default_rng(0))

@@ -4,8 +4,8 @@ Memory of a run's host process, when its replay buffer and its search cache are 
     python -m benchmarks.memory --obs state image --out benchmarks/results/update/memory.jsonl
 
 ``state``: the paper's state model with 100,000 transitions, every state of which has been searched, and updates at batch 256.
-``image``: 100,000 stacked frames of 96x96x3 in 8 environments, and batches of 256 sequences as they go to the device. What an
-update of images takes there (on a CPU: in the same memory) is counted by ``python -m benchmarks.image_memory``.
+``image``: the paper's Atari model with 100,000 stacked frames of 96x96x3 in 8 environments, and updates at batch 256, all in
+the memory of this process. What an update takes of a device is counted by ``python -m benchmarks.image_memory``.
 """
 
 from __future__ import annotations
@@ -20,13 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 
 from benchmarks.provenance import commit, machine
-from benchmarks.update import IMAGE_ENVS, PAPER, measure
-from sb3_ezv2.replay_buffer import SequenceReplayBuffer
-
-FRAMES, SIZE = 4, 96
+from benchmarks.update import IMAGE_ENVS, PAPER, PAPER_IMAGES, make_model, measure
 
 
 def peak_gb() -> float:
@@ -39,23 +35,15 @@ def state_run(transitions: int) -> None:
     measure("state", {**PAPER, "buffer_size": transitions}, cache=True, updates=2, transitions=transitions)
 
 
-def image_run(transitions: int, batches: int = 3, batch_size: int = 256) -> None:
-    """Fill a replay buffer of stacked frames and sample from it. :param transitions: in the buffer"""
-    space = spaces.Box(0, 255, (3 * FRAMES, SIZE, SIZE), np.uint8)
-    buffer = SequenceReplayBuffer(
-        transitions, space, spaces.Discrete(18), "cpu", n_envs=IMAGE_ENVS, frame_stack=FRAMES, seed=0
-    )
-    rng = np.random.default_rng(0)
-    stacks = np.zeros((IMAGE_ENVS, *space.shape), np.uint8)
-    frame_shape = (IMAGE_ENVS, 3, SIZE, SIZE)
-    for _ in range(0, transitions, IMAGE_ENVS):
-        frames = np.frombuffer(rng.bytes(int(np.prod(frame_shape))), np.uint8).reshape(frame_shape)
-        stacks = np.concatenate([stacks[:, 3:], frames], axis=1)
-        buffer.add(stacks, stacks, np.zeros(IMAGE_ENVS), np.zeros(IMAGE_ENVS), np.zeros(IMAGE_ENVS, bool), [{}] * IMAGE_ENVS)
+def image_run(transitions: int) -> None:
+    """Two updates with a full replay buffer. :param transitions: in the buffer"""
+    model = make_model("image", {**PAPER_IMAGES, "buffer_size": transitions}, True, "cpu", transitions)
+    buffer = model.replay_buffer
+    assert buffer is not None
     fresh = buffer.take_fresh()
-    buffer.update_priorities(fresh, np.ones(len(fresh)))
-    for _ in range(batches):
-        buffer.sample(batch_size)
+    buffer.update_priorities(fresh, np.ones(len(fresh)))  # their value errors would take half an hour
+    model.learn(2 * IMAGE_ENVS, reset_num_timesteps=False)
+    assert model._n_updates == 2, "an update of all environments' steps"
 
 
 def run(obs: str, transitions: int) -> dict[str, Any]:

@@ -200,7 +200,7 @@ def make_model(obs: str, settings: dict[str, Any], cache: bool, device: str, tra
     """:return: an agent with so many transitions in its replay buffer that is about to make its first update"""
     images = obs == "image"
     env: VecEnv | gym.Env = VecFrameStack(DummyVecEnv([NoisyFrames] * IMAGE_ENVS), 4) if images else Noise()
-    collected = COLLECTED[obs]
+    collected = max(COLLECTED[obs], transitions or 0) if images else COLLECTED[obs]
     model = EZV2(
         "CnnPolicy" if images else "MlpPolicy",
         env,
@@ -212,7 +212,7 @@ def make_model(obs: str, settings: dict[str, Any], cache: bool, device: str, tra
     ).learn(collected)
     buffer, rng = model.replay_buffer, np.random.default_rng(0)
     assert buffer is not None
-    for _ in range(collected, transitions or 0, model.n_envs):  # the rest without an environment
+    for _ in range(collected, transitions or 0, model.n_envs):  # the rest of states without an environment
         step = [
             rng.standard_normal((1, *x.shape), dtype=np.float32).clip(-1, 1)
             for x in (Noise.observation_space, Noise.action_space)
@@ -230,7 +230,7 @@ def measure(
     :param cache: its ``reanalyze_cache``
     :param updates: how many to time
     :param device: where the networks are
-    :param transitions: of states, in the replay buffer before
+    :param transitions: in the replay buffer before; None: as many as :data:`COLLECTED` says
     :return: the row, see the module's docstring
     """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -308,7 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cache", nargs="+", choices=("off", "on"), default=["off", "on"])
     parser.add_argument("--threads", type=int, default=th.get_num_threads())
     parser.add_argument("--updates", type=int, default=10, help="updates to time (default: %(default)s)")
-    parser.add_argument("--transitions", type=int, help="of states, in the replay buffer before (default: 2000)")
+    parser.add_argument("--transitions", type=int, help="in the replay buffer before (default: 2000, of images 400)")
     parser.add_argument("--small", action="store_true", help="the small networks of the learning benchmarks instead")
     parser.add_argument("--batch-size", type=int, help="instead of the paper's 256")
     parser.add_argument("--bfloat16", action="store_true", help="train_dtype and search_dtype bfloat16")

@@ -14,30 +14,33 @@ def random_shift(images: th.Tensor, pixels: int, rng: np.random.Generator) -> th
     """
     Move each image by up to ``pixels`` in both directions; what comes in repeats the border.
 
-    :param images: [N, planes, height, width] of any dtype; all planes of an image (its frames) move together
+    :param images: [B, U + 1, planes, height, width] of any dtype; all planes of an image (its frames) move together
     :param pixels: largest shift
     :param rng: of the shifts
-    :return: as ``images``
+    :return: as ``images``; in memory they lie step by step, so that the images of some steps are no copy
     """
-    count, _, height, width = images.shape
-    offsets = th.from_numpy(rng.integers(-pixels, pixels + 1, size=(2, count, 1))).to(images.device)
-    rows = (th.arange(height, device=images.device) + offsets[0]).clamp(0, height - 1)  # [N, height]
-    columns = (th.arange(width, device=images.device) + offsets[1]).clamp(0, width - 1)  # [N, width]
-    index = th.arange(count, device=images.device)[:, None, None]
-    # An index between slices puts its dimensions first, so the planes go last on the way
-    return images.movedim(1, -1)[index, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+    size, steps, planes, height, width = images.shape
+    offsets = th.from_numpy(rng.integers(-pixels, pixels + 1, size=(2, size, steps, 1))).to(images.device)
+    rows = (th.arange(height, device=images.device) + offsets[0]).clamp(0, height - 1)  # [B, U + 1, height]
+    columns = (th.arange(width, device=images.device) + offsets[1]).clamp(0, width - 1)  # [B, U + 1, width]
+    index = th.arange(size, device=images.device)[:, None, None]
+    shifted = images.new_empty(steps, size, height, width, planes)
+    for step in range(steps):
+        # An index between slices puts its dimensions first, so the planes go last on the way
+        shifted[step] = images[:, step].movedim(1, -1)[index, rows[:, step, :, None], columns[:, step, None, :]]
+    return shifted.movedim(-1, 2).transpose(0, 1)
 
 
 def random_intensity(images: th.Tensor, scale: float, rng: np.random.Generator) -> th.Tensor:
     """
     Multiply each image by 1 + ``scale`` times a normal number, which is clipped to [-2, 2].
 
-    :param images: [N, planes, height, width]
+    :param images: [..., planes, height, width]
     :param scale: standard deviation of the factors
     :param rng: of the factors
     :return: float32, of that shape and in the units of ``images``
     """
-    noise = rng.standard_normal((len(images), 1, 1, 1), dtype=np.float32).clip(-2, 2)
+    noise = rng.standard_normal((*images.shape[:-3], 1, 1, 1), dtype=np.float32).clip(-2, 2)
     return images * th.from_numpy(1 + np.float32(scale) * noise).to(images.device)
 
 
@@ -46,7 +49,7 @@ def augment(obs: PyTorchObs, space: spaces.Space, pixels: int, intensity: float,
     Each observation gets a shift and an intensity of its own, so that the two branches of the consistency loss see two
     views; vectors stay as they are.
 
-    :param obs: [..., planes, height, width] as the environment gives them, or a dictionary
+    :param obs: [B, U + 1, planes, height, width] as the environment gives them, or a dictionary
     :param space: of the observations
     :param pixels: largest shift; 0: none
     :param intensity: standard deviation of the factors; 0: none
@@ -56,12 +59,8 @@ def augment(obs: PyTorchObs, space: spaces.Space, pixels: int, intensity: float,
     keys = image_keys(space)
 
     def views(images: th.Tensor) -> th.Tensor:
-        flat = images.flatten(0, -4)
-        if pixels > 0:
-            flat = random_shift(flat, pixels, rng)
-        if intensity > 0:
-            flat = random_intensity(flat, intensity, rng)
-        return flat.reshape(images.shape)
+        shifted = random_shift(images, pixels, rng) if pixels > 0 else images
+        return random_intensity(shifted, intensity, rng) if intensity > 0 else shifted
 
     if isinstance(obs, dict):
         return {key: views(value) if key in keys else value for key, value in obs.items()}

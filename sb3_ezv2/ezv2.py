@@ -586,7 +586,8 @@ class EZV2(ResumableAlgorithm):
             )
             update_learning_rate(policy.optimizer, learning_rate)
             network.update_statistics(batch.observations, batch.observed)
-            batch = batch._replace(observations=policy.augment(batch.observations, self._generators["augmentation"]))
+            augmented = policy.augment(batch.observations, self._generators["augmentation"])
+            batch = batch._replace(observations=augmented, bootstrap_observations=None)  # large, and of no more use
             losses = compute_losses(
                 network,
                 batch,

@@ -52,7 +52,19 @@ class ConvBlock(nn.Module):
         return th.relu(self.skip(x) + self.branch(x))
 
 
-def image_tower(planes_in: int, channels: int, n_blocks: int, n_downsamples: int) -> nn.Sequential:
+class ImageTower(nn.Sequential):
+    """
+    Layers that see pixels in [0, 1]. Here they are scaled, so that the scaled images, the largest tensor of an update, are
+    forgotten after the first layer.
+    """
+
+    def forward(self, images: th.Tensor) -> th.Tensor:
+        """:param images: [B, planes, height, width], bytes or floats in [0, 255]"""
+        # The convolutions want this order; it is cheaper to bring bytes into it than floats
+        return super().forward(images.contiguous(memory_format=th.channels_last) / 255.0)
+
+
+def image_tower(planes_in: int, channels: int, n_blocks: int, n_downsamples: int) -> ImageTower:
     """
     From images to states. With four halvings this is V1 App. A.1: 96x96 becomes 48, 24, 12, 6. Fewer leave out the last
     average pools, and with a single one the second stage keeps the resolution.
@@ -71,7 +83,7 @@ def image_tower(planes_in: int, channels: int, n_blocks: int, n_downsamples: int
         pool = nn.AvgPool2d(3, 2, padding=1, count_include_pad=False)
         layers += [pool, nn.BatchNorm2d(channels), nn.ReLU()]
         layers += [ConvBlock(channels, channels) for _ in range(n_blocks)]
-    return nn.Sequential(*layers)
+    return ImageTower(*layers)
 
 
 def grid_size(size: int, n_downsamples: int) -> int:
@@ -107,7 +119,7 @@ class ConvDynamics(nn.Module):
 
 class ImageRepresentation(nn.Module):
     """
-    From preprocessed observations to states [B, C, h, w].
+    From preprocessed observations (images in [0, 255]) to states [B, C, h, w].
 
     An image alone goes through :func:`image_tower`. Of a ``Dict`` each image has a tower of its own, whose result is pooled to
     the grid of the first image; all vectors together (normalised by running statistics) become C constant planes;
@@ -226,6 +238,13 @@ class ImageNetwork(BaseNetwork):
     def state_shape(self) -> tuple[int, ...]:
         return (self.channels, *self.representation.grid)
 
+    def preprocess(self, obs: PyTorchObs) -> PyTorchObs:
+        """:param obs: [B, ...] as the environment gives them :return: vectors as floats, discrete ones one-hot; images as they are"""
+        if not isinstance(obs, dict):
+            return obs
+        vectors = {key: obs[key] for key in self.representation.vector_keys}
+        return {**obs, **super().preprocess(vectors)}
+
     def represent(self, obs: PyTorchObs) -> th.Tensor:
         return self.representation(self.preprocess(obs))
 
@@ -234,5 +253,5 @@ class ImageNetwork(BaseNetwork):
         if keys:
             assert isinstance(obs, dict)
             with th.no_grad():
-                vectors = self.preprocess({key: obs[key][observed] for key in keys})
+                vectors = super().preprocess({key: obs[key][observed] for key in keys})
                 self.representation.normalizer.update(self.representation.features(vectors))

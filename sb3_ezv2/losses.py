@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -129,7 +130,16 @@ def compute_losses(
     :return: see :class:`Losses`
     """
     size, steps = batch.rewards.shape
-    with th.autocast(batch.rewards.device.type, dtype=th.bfloat16) if bfloat16 else nullcontext():
+    autocast = partial(th.autocast, batch.rewards.device.type, dtype=th.bfloat16) if bfloat16 else nullcontext
+    # What follows is observed before the unroll, whose activations are not alive yet, and under an autocast of its own, which
+    # would else hand the weights that it has cast without gradients to the unroll.
+    with th.no_grad():
+        following = apply(lambda x: x[:, 1:].transpose(0, 1).flatten(0, 1), batch.observations)
+        with autocast():
+            observed = network.project(network.represent(following))
+        features = network.observation_targets(following) if network.observation_head is not None else None
+        del following
+    with autocast():
         states = unroll(network, batch)  # [U + 1, B, ...]
         flat = states.flatten(0, 1)
         value_out, reward_out, policy_out = (
@@ -138,9 +148,6 @@ def compute_losses(
             network.policy_head(flat),
         )
         predicted = network.projection_predictor(network.project(states[1:].flatten(0, 1)))
-        with th.no_grad():
-            following = apply(lambda x: x[:, 1:].transpose(0, 1).flatten(0, 1), batch.observations)
-            observed = network.project(network.represent(following))
         predicted_obs = network.observation_head(states[1:].flatten(0, 1)) if network.observation_head is not None else None
 
     value_logits = value_out.float().unflatten(0, (steps + 1, size)).transpose(0, 1)  # [B, U + 1, bins]
@@ -171,8 +178,6 @@ def compute_losses(
     )
     observation = th.zeros_like(reward)
     if predicted_obs is not None:
-        with th.no_grad():
-            features = network.observation_targets(following)
         errors = (predicted_obs.float() - features).square().mean(-1).unflatten(0, (steps, size)).transpose(0, 1)
         observation = _sum(errors, batch.observed[:, 1:])
         per_sequence = per_sequence + observation_coef * observation

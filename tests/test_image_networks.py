@@ -205,9 +205,14 @@ def test_embedding_of_the_action_is_a_convolution_of_constant_planes() -> None:
 def test_bytes_become_fractions_and_vectors_are_normalised() -> None:
     network = make(MIXED)
     obs = sample(MIXED, 5)
+    seen: list[th.Tensor] = []
+    network.representation.towers[0][0].register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    network.represent(obs)
+    network.represent({**obs, "camera": obs["camera"].float()})  # an augmented one
+    for images in seen:
+        assert images.dtype == th.float32 and th.equal(images, obs["camera"] / 255.0)
+    assert len(seen) == 2
     prepared = network.preprocess(obs)
-    assert prepared["camera"].dtype == th.float32
-    th.testing.assert_close(prepared["camera"], obs["camera"] / 255.0)
     features = network.representation.features(prepared)
     assert features.shape == (5, 4 + 3)
     normalizer = network.representation.normalizer
