@@ -241,6 +241,45 @@ class NativeModel:
         return self._mlp
 
 
+class HostCopy:
+    """
+    A copy in the host's memory, for :class:`NativeModel`, of a :class:`sb3_ezv2.networks.Ezv2Network` on a device.
+
+    :param model: see :class:`SearchModel`
+    """
+
+    def __init__(self, model: SearchModel):
+        self.model = model
+        self._watch: _Watch | None = None
+        self._copy: Ezv2Network | None = None
+        self._flat: th.Tensor | None = None
+
+    @th.no_grad()
+    def get(self) -> Ezv2Network | None:
+        """
+        :return: the copy with the weights as they are now, in evaluation mode, the same object as long as the model has the same
+            layers; None of models that have no C++ version
+        """
+        model = self.model
+        if type(model) is not Ezv2Network or model.category_sizes:
+            return None
+        tensors = model.float_tensors()
+        if any(x.dtype != th.float32 for x in tensors):
+            return None
+        if self._watch is None or not self._watch.holds():
+            self._watch, self._flat = _Watch([model]), None
+            self._copy = copy.deepcopy(model).cpu().eval()
+        assert self._copy is not None
+        # One comparison on the device, and one transfer where something has changed
+        flat = th.cat([x.flatten() for x in tensors])
+        if self._flat is None or not th.equal(flat, self._flat):
+            self._flat = flat
+            host = flat.cpu().split([x.numel() for x in tensors])
+            for x, values in zip(self._copy.float_tensors(), host):
+                x.copy_(values.view_as(x))
+        return self._copy
+
+
 class _NotStockError(Exception):
     """A module is not what :mod:`sb3_ezv2.networks` builds."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
@@ -23,6 +24,11 @@ def apply(function: Callable[[Any], Any], obs: Observations) -> Observations:
 def batch_size(obs: Any) -> int:
     """:param obs: [B, ...], or a dictionary of such arrays or tensors :return: B"""
     return len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)
+
+
+def device_of(obs: Any) -> th.device:
+    """:param obs: a tensor, or a dictionary of tensors :return: where they are"""
+    return next(iter(obs.values())).device if isinstance(obs, dict) else obs.device
 
 
 def image_keys(space: spaces.Space) -> list[str | None]:

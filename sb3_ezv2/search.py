@@ -20,9 +20,9 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_ezv2.ctree import Driver, Tree, fill_normal
 from sb3_ezv2.distributions import MAX_ACTION, SquashedGaussian
-from sb3_ezv2.inference import NativeModel, SearchModel, TracedModel
+from sb3_ezv2.inference import HostCopy, NativeModel, SearchModel, TracedModel
 from sb3_ezv2.multi_discrete import MultiDiscreteCandidates, are_sampled, category_sizes
-from sb3_ezv2.observations import apply, batch_size
+from sb3_ezv2.observations import apply, batch_size, device_of
 
 MIN_Q_RANGE = 0.01
 """Least range of the q's when they are normalised, in units of the reward scale (EfficientZero Eq. 10)."""
@@ -32,6 +32,12 @@ TREE_THREADS = 1
 
 NATIVE_MAX_ROOTS = 64
 """Up to so many roots are searched with the model in C++, if there is one for the model."""
+
+HOST_MAX_ROOTS = 8
+"""
+Up to so many roots of a model on a device are searched with its C++ version on the host: a search of S simulations is S + 1
+evaluations in turn, each of some sixty operations that a device must be told to begin, which takes longer than doing them here.
+"""
 
 
 class SearchSettings(NamedTuple):
@@ -142,9 +148,13 @@ class GumbelSearch:
         self._workspace: _Workspace | None = None
         self._traced = TracedModel(self.model, self.bfloat16)
         self._native = NativeModel(self.model)
+        self._host_copy = HostCopy(self.model)
+        self._host_search: GumbelSearch | None = None  # of the copy
+        self._searched_on_host = False  # the latest batch
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_workspace", "_traced", "_native")}
+        made_again = ("_lock", "_workspace", "_traced", "_native", "_host_copy", "_host_search", "_searched_on_host")
+        return {k: v for k, v in self.__dict__.items() if k not in made_again}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Storage and compiled code are made again when needed
@@ -169,13 +179,30 @@ class GumbelSearch:
         """
         if self.model.training:
             self.model.eval()
-        num_roots = batch_size(obs)
+        num_roots, device = batch_size(obs), device_of(obs)
         with self._lock:
+            host = self._on_host(device) if num_roots <= HOST_MAX_ROOTS else None
+            self._searched_on_host = host is not None
+            if host is not None:
+                result = host._run(apply(lambda x: x.cpu(), obs), rng)
+                return SearchResult(*(None if x is None else x.to(device) for x in result))  # type: ignore[arg-type]
             if num_roots <= self.max_roots:
                 return self._run(obs, rng)
             pieces = [slice(start, start + self.max_roots) for start in range(0, num_roots, self.max_roots)]
             parts = [self._run(apply(operator.itemgetter(piece), obs), rng) for piece in pieces]
         return SearchResult(*(None if field[0] is None else th.cat(field) for field in zip(*parts)))  # type: ignore[arg-type]
+
+    def _on_host(self, device: th.device) -> GumbelSearch | None:
+        """
+        :param device: of the model
+        :return: a search on the host with the model as it is now; None: it is there already, or has no C++ version
+        """
+        network = None if device.type == "cpu" else self._host_copy.get()
+        if network is None:
+            return None
+        if self._host_search is None or self._host_search.model is not network:
+            self._host_search = GumbelSearch(network, self.settings)
+        return None if self._host_search._native.get() is None else self._host_search
 
     def _run(self, obs: PyTorchObs, rng: np.random.Generator | None) -> SearchResult:
         num_roots = batch_size(obs)
@@ -331,6 +358,8 @@ class GumbelSearch:
             [B, N, A] in [-1, 1] of Box actions, int64 [B, N, D] of MultiDiscrete ones, None for discrete ones
         :raises RuntimeError: nothing has been searched yet
         """
+        if self._searched_on_host and self._host_search is not None:
+            return self._host_search.last_tree()
         if self._workspace is None:
             raise RuntimeError("there is no tree yet: run() a search first")
         nodes = self._workspace.tree.nodes()

@@ -20,7 +20,7 @@ from test_losses import BOX, DISCRETE, losses_of, make_data, make_network
 
 from sb3_ezv2 import EZV2
 from sb3_ezv2.reanalyze import Reanalyzer
-from sb3_ezv2.search import GumbelSearch, SearchSettings
+from sb3_ezv2.search import HOST_MAX_ROOTS, GumbelSearch, SearchSettings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,18 +61,35 @@ def test_losses_and_gradients_are_those_of_the_cpu(space: spaces.Space) -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("roots", [3, 100])
+@pytest.mark.parametrize("roots", [3, 20, 100])
 def test_a_search_is_that_of_the_cpu(space: spaces.Space, roots: int) -> None:
     """With the same noise; float32 rounds otherwise there, so that a few may choose otherwise where two choices tie."""
     network = make_network(space).eval()
     observations = th.from_numpy(np.random.default_rng(0).standard_normal((roots, 3), dtype=np.float32))
     settings = SearchSettings(n_simulations=16, n_sampled_actions=4)
     expected = GumbelSearch(network, settings).run(observations, np.random.default_rng(1))
-    found = GumbelSearch(copy.deepcopy(network).cuda(), settings).run(observations.cuda(), np.random.default_rng(1))
+    search = GumbelSearch(copy.deepcopy(network).cuda(), settings)
+    found = search.run(observations.cuda(), np.random.default_rng(1))
     same = (found.action.cpu() == expected.action).float().mean()
     assert same >= 0.9
-    assert found.value.device.type == "cuda"
+    assert all(x is None or x.device.type == "cuda" for x in found)
+    assert search._searched_on_host == (roots <= HOST_MAX_ROOTS)
     assert th.isclose(found.value.cpu(), expected.value, rtol=1e-2, atol=1e-2).float().mean() >= 0.9
+
+
+@KINDS
+def test_a_search_on_the_host_sees_every_change(space: spaces.Space) -> None:
+    network = make_network(space).eval().cuda()
+    observations = th.randn(3, 3, generator=th.Generator().manual_seed(0)).cuda()
+    search = GumbelSearch(network, SearchSettings(n_simulations=4, n_sampled_actions=4))
+    before = search.run(observations, None).value
+    assert th.equal(search.run(observations, None).value, before)
+    with th.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1)
+    found = search.run(observations, None).value
+    fresh = GumbelSearch(copy.deepcopy(network), search.settings).run(observations, None).value
+    assert th.equal(found, fresh) and not th.equal(found, before)
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])

@@ -333,8 +333,14 @@ def by_vector(network: Ezv2Network) -> None:
     th.nn.utils.vector_to_parameters(1.1 * vector, network.parameters())
 
 
+def pretend_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches take their model for one on a GPU, whose host copy they may search."""
+    on_host = GumbelSearch._on_host
+    monkeypatch.setattr(GumbelSearch, "_on_host", lambda self, device: on_host(self, th.device("cuda")))
+
+
 @KINDS
-@pytest.mark.parametrize("engine", ["native", "traced"])
+@pytest.mark.parametrize("engine", ["native", "traced", "host copy"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -355,6 +361,8 @@ def test_every_change_of_the_weights_is_seen(
 ) -> None:
     if engine == "traced":
         monkeypatch.setattr(sb3_ezv2.search, "NATIVE_MAX_ROOTS", 0)
+    if engine == "host copy":
+        pretend_a_device(monkeypatch)
     network = make_network(space)
     obs = th.randn(5, 4, generator=th.Generator().manual_seed(0))
     search = GumbelSearch(network, SETTINGS)
@@ -362,9 +370,51 @@ def test_every_change_of_the_weights_is_seen(
     assert th.equal(search.run(obs, None).value, before.value)
     change(network)
     found = search.run(obs, None)
-    expected = GumbelSearch(copy.deepcopy(network), SETTINGS).run(obs, None)
+    assert search._searched_on_host == (engine == "host copy")
+    with monkeypatch.context() as patch:
+        patch.setattr(GumbelSearch, "_on_host", lambda self, device: None)
+        expected = GumbelSearch(copy.deepcopy(network), SETTINGS).run(obs, None)
     assert not th.allclose(found.value, before.value, rtol=1e-6, atol=1e-7)
     assert th.equal(found.value, expected.value) and th.equal(found.policy, expected.policy)
+
+
+@KINDS
+def test_few_roots_of_a_model_on_a_device_are_searched_on_the_host(
+    space: spaces.Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = make_network(space)
+    obs = th.randn(sb3_ezv2.search.HOST_MAX_ROOTS + 1, 4, generator=th.Generator().manual_seed(0))
+    plain, search = GumbelSearch(network, SETTINGS), GumbelSearch(network, SETTINGS)
+    assert search._on_host(th.device("cpu")) is None
+    pretend_a_device(monkeypatch)
+    monkeypatch.setattr(plain, "_on_host", lambda device: None)
+    for few in (True, False):
+        expected, found = (x.run(obs[few:], np.random.default_rng(0)) for x in (plain, search))
+        assert search._searched_on_host == few
+        for name, x, y in zip(expected._fields, expected, found):
+            assert (x is None and y is None) or th.equal(x, y), name  # type: ignore[arg-type]
+        (nodes, actions), (its_nodes, its_actions) = plain.last_tree(), search.last_tree()
+        assert all(np.array_equal(x, its_nodes[name]) for name, x in nodes.items())
+        assert (actions is None and its_actions is None) or np.array_equal(actions, its_actions)  # type: ignore[arg-type]
+    assert search._host_copy.get() is search._host_copy.get() is not network
+    again = pickle.loads(pickle.dumps(search))
+    assert th.equal(again.run(obs[1:], None).value, plain.run(obs[1:], None).value)
+
+
+def test_other_models_stay_on_their_device() -> None:
+    """Those of other layers or number types, with hooks, for MultiDiscrete actions, and subclasses."""
+
+    class Subclass(Ezv2Network):
+        pass
+
+    hooked, other, subclass = make_network(), make_network(), make_network()
+    hooked.value_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    other.value_head.mlp[2] = nn.GELU()  # type: ignore[assignment]
+    subclass.__class__ = Subclass
+    networks = [hooked, other, subclass, make_network().double(), make_network(spaces.MultiDiscrete([2, 3]))]
+    for network in networks:
+        assert GumbelSearch(network, SETTINGS)._on_host(th.device("cuda")) is None
+    assert GumbelSearch(make_network(), SETTINGS)._on_host(th.device("cuda")) is not None
 
 
 def predictions(model: EZV2) -> np.ndarray:
