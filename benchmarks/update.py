@@ -46,6 +46,7 @@ from sb3_ezv2 import EZV2
 from sb3_ezv2.losses import Targets, compute_losses
 from sb3_ezv2.replay_buffer import RUNNING
 from sb3_ezv2.search import NATIVE_MAX_ROOTS
+from sb3_ezv2.unroll import COMPILE_MODES
 
 PAPER: dict[str, Any] = {
     "batch_size": 256,
@@ -312,6 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true", help="the small networks of the learning benchmarks instead")
     parser.add_argument("--batch-size", type=int, help="instead of the paper's 256")
     parser.add_argument("--bfloat16", action="store_true", help="train_dtype and search_dtype bfloat16")
+    parser.add_argument("--compile", choices=COMPILE_MODES, help="train_compile")
     parser.add_argument("--device", default="cpu", help="where the networks are (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON objects, one per line")
     parser.add_argument("--out", type=Path, help="file to append JSON objects with all columns to, one per line")
@@ -324,6 +326,8 @@ def main(arguments: list[str] | None = None) -> None:
             settings["batch_size"] = options.batch_size
         if options.bfloat16:
             settings["policy_kwargs"] = {**settings["policy_kwargs"], "train_dtype": "bfloat16", "search_dtype": "bfloat16"}
+        if options.compile:
+            settings["policy_kwargs"] = {**settings["policy_kwargs"], "train_compile": options.compile}
         for cache in options.cache:
             row = measure(obs, settings, cache == "on", options.updates, options.device, options.transitions)
             printed = {name: row[name] for name in COLUMNS}
@@ -332,6 +336,7 @@ def main(arguments: list[str] | None = None) -> None:
                 row |= {
                     "model": "small" if options.small else "paper",
                     "dtype": "bfloat16" if options.bfloat16 else "float32",
+                    "compile": options.compile,
                     "threads": options.threads,
                     "updates": options.updates,
                     "machine": machine(),

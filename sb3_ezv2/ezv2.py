@@ -600,6 +600,7 @@ class EZV2(ResumableAlgorithm):
                 observation_coef=self.observation_coef,
                 ent_coef=self.ent_coef,
                 bfloat16=policy.trains_in_bfloat16,
+                outputs=policy.outputs,
             )
             policy.optimizer.zero_grad(set_to_none=True)
             losses.total.backward()

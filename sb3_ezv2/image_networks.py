@@ -239,7 +239,7 @@ class ImageNetwork(BaseNetwork):
         return (self.channels, *self.representation.grid)
 
     def preprocess(self, obs: PyTorchObs) -> PyTorchObs:
-        """:param obs: [B, ...] as the environment gives them :return: vectors as floats, discrete ones one-hot; images as they are"""
+        """:param obs: [B, ...] as the environment gives them :return: images as they are; floats, discrete ones one-hot"""
         if not isinstance(obs, dict):
             return obs
         vectors = {key: obs[key] for key in self.representation.vector_keys}

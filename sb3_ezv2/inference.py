@@ -257,8 +257,8 @@ class HostCopy:
     @th.no_grad()
     def get(self) -> Ezv2Network | None:
         """
-        :return: the copy with the weights as they are now, in evaluation mode, the same object as long as the model has the same
-            layers; None of models that have no C++ version
+        :return: the copy with the weights as they are now, in evaluation mode, the same object as long as the model has the
+            same layers; None of models that have no C++ version
         """
         model = self.model
         if type(model) is not Ezv2Network or model.category_sizes:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +11,8 @@ from torch.nn import functional as F
 from sb3_ezv2.distributions import SquashedGaussian
 from sb3_ezv2.multi_discrete import MultiCategorical
 from sb3_ezv2.networks import BaseNetwork
-from sb3_ezv2.observations import apply
 from sb3_ezv2.replay_buffer import Batch
+from sb3_ezv2.unroll import ModelOutputs, later_observations, model_outputs
 
 ENTROPY_SAMPLES = 4
 
@@ -82,21 +80,6 @@ class Losses(NamedTuple):
         return errors, next((name for name, is_finite in zip(terms, finite) if not is_finite), None)
 
 
-def unroll(network: BaseNetwork, batch: Batch) -> th.Tensor:
-    """
-    :param network: the online model
-    :param batch: B sequences of U steps
-    :return: states [U + 1, B, ...] from the first observation and the actions alone. The gradient through the state is
-        halved at the start of every step of the dynamics, so that it does not grow with the length of the unroll.
-    """
-    state = network.represent(apply(lambda x: x[:, 0], batch.observations))
-    states = [state]
-    for step in range(batch.actions.shape[1]):
-        state = network.dynamics_step(0.5 * state + 0.5 * state.detach(), batch.actions[:, step])
-        states.append(state)
-    return th.stack(states)
-
-
 def compute_losses(
     network: BaseNetwork,
     batch: Batch,
@@ -109,6 +92,7 @@ def compute_losses(
     observation_coef: float = 0.0,
     ent_coef: float = 5e-3,
     bfloat16: bool = False,
+    outputs: ModelOutputs = model_outputs,
 ) -> Losses:
     """
     Eq. 3 summed over the unroll, with the whole scaled by 1 / U.
@@ -127,36 +111,19 @@ def compute_losses(
     :param observation_coef: weight of the observation loss, of a network with an ``observation_head``; 0: there is none
     :param ent_coef: weight of the entropy bonus
     :param bfloat16: matrix products and convolutions in bfloat16 (autocast); the weights and the losses are float32
+    :param outputs: of the network; :func:`~sb3_ezv2.unroll.model_outputs`, or that compiled
     :return: see :class:`Losses`
     """
     size, steps = batch.rewards.shape
-    autocast = partial(th.autocast, batch.rewards.device.type, dtype=th.bfloat16) if bfloat16 else nullcontext
-    # What follows is observed before the unroll, whose activations are not alive yet, and under an autocast of its own, which
-    # would else hand the weights that it has cast without gradients to the unroll.
-    with th.no_grad():
-        following = apply(lambda x: x[:, 1:].transpose(0, 1).flatten(0, 1), batch.observations)
-        with autocast():
-            observed = network.project(network.represent(following))
-        features = network.observation_targets(following) if network.observation_head is not None else None
-        del following
-    with autocast():
-        states = unroll(network, batch)  # [U + 1, B, ...]
-        flat = states.flatten(0, 1)
-        value_out, reward_out, policy_out = (
-            network.value_head(flat),
-            network.reward_logits(states[1:]),
-            network.policy_head(flat),
-        )
-        predicted = network.projection_predictor(network.project(states[1:].flatten(0, 1)))
-        predicted_obs = network.observation_head(states[1:].flatten(0, 1)) if network.observation_head is not None else None
+    out = outputs(network, batch.observations, batch.actions, bfloat16)
 
-    value_logits = value_out.float().unflatten(0, (steps + 1, size)).transpose(0, 1)  # [B, U + 1, bins]
+    value_logits = out.value.float().unflatten(0, (steps + 1, size)).transpose(0, 1)  # [B, U + 1, bins]
     value = _sum(network.value_support.cross_entropy(value_logits, targets.values), targets.value_mask)
-    reward_logits = reward_out.float().transpose(0, 1)  # [B, U, bins]
+    reward_logits = out.reward.float().transpose(0, 1)  # [B, U, bins]
     reward_targets = network.reward_targets(batch.rewards)
     reward = _sum(network.reward_support.cross_entropy(reward_logits, reward_targets), batch.reward_mask)
 
-    policy_out = policy_out.float().unflatten(0, (steps + 1, size)).transpose(0, 1)  # [B, U + 1, outputs]
+    policy_out = out.policy.float().unflatten(0, (steps + 1, size)).transpose(0, 1)  # [B, U + 1, outputs]
     if targets.candidates is None:
         log_prob = F.log_softmax(policy_out, dim=-1)
         step_entropy = -(log_prob.exp() * log_prob).sum(-1)
@@ -170,15 +137,19 @@ def compute_losses(
     policy = _sum(-(targets.policies * log_prob).sum(-1), batch.policy_mask)
     entropy = _sum(step_entropy, batch.policy_mask)
 
-    similarity = F.cosine_similarity(predicted.float(), observed.float(), dim=-1).unflatten(0, (steps, size)).transpose(0, 1)
+    similarity = (
+        F.cosine_similarity(out.predicted.float(), out.observed.float(), dim=-1).unflatten(0, (steps, size)).transpose(0, 1)
+    )
     consistency = _sum(-similarity, batch.observed[:, 1:])
 
     per_sequence = (
         reward_coef * reward + policy_coef * policy + vf_coef * value + consistency_coef * consistency - ent_coef * entropy
     )
     observation = th.zeros_like(reward)
-    if predicted_obs is not None:
-        errors = (predicted_obs.float() - features).square().mean(-1).unflatten(0, (steps, size)).transpose(0, 1)
+    if out.observations is not None:
+        with th.no_grad():
+            features = network.observation_targets(later_observations(batch.observations))
+        errors = (out.observations.float() - features).square().mean(-1).unflatten(0, (steps, size)).transpose(0, 1)
         observation = _sum(errors, batch.observed[:, 1:])
         per_sequence = per_sequence + observation_coef * observation
     weights = batch.weights

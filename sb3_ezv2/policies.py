@@ -22,6 +22,7 @@ from sb3_ezv2.multi_discrete import MultiCategorical, first_category
 from sb3_ezv2.networks import BaseNetwork, Ezv2Network
 from sb3_ezv2.observations import batch_size
 from sb3_ezv2.search import GumbelSearch, SearchResult, SearchSettings
+from sb3_ezv2.unroll import COMPILE_MODES, CompiledOutputs, ModelOutputs, model_outputs
 from sb3_ezv2.validation import check_images, check_integer, check_observation, check_vectors, has_images
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Ezv2Policy(BasePolicy):
         its effect on learning is not known
     :param train_dtype: ``"bfloat16"``: matrix products and convolutions of training in bfloat16 (autocast), where the
         processor has it; weights, losses and the optimizer stay float32
+    :param train_compile: ``"default"`` or another mode of :func:`torch.compile`: training with a compiled model, which rounds
+        otherwise. None: not compiled
     :param predicts_observations: a head predicts observations from imagined states
     :param features_extractor_class: Features extractor to use
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
@@ -84,6 +87,7 @@ class Ezv2Policy(BasePolicy):
         lstm_dim: int,
         search_dtype: str,
         train_dtype: str,
+        train_compile: str | None = None,
         predicts_observations: bool = False,
         features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
@@ -114,8 +118,10 @@ class Ezv2Policy(BasePolicy):
         self.lstm_dim = lstm_dim
         self.search_dtype = search_dtype
         self.train_dtype = train_dtype
+        self.train_compile = train_compile
         self.predicts_observations = predicts_observations
         self._check_settings()
+        self.outputs: ModelOutputs = model_outputs if train_compile is None else CompiledOutputs(train_compile)
         self.network = self._make_network()
         if isinstance(reward_scale, (int, float)):
             self.network.set_reward_scale(reward_scale)
@@ -174,6 +180,8 @@ class Ezv2Policy(BasePolicy):
         for name, dtype in (("search_dtype", self.search_dtype), ("train_dtype", self.train_dtype)):
             if dtype not in ("float32", "bfloat16"):
                 raise ValueError(f'{name} must be "float32" or "bfloat16", not {dtype!r}')
+        if self.train_compile is not None and self.train_compile not in COMPILE_MODES:
+            raise ValueError(f"train_compile must be None or one of {', '.join(COMPILE_MODES)}, not {self.train_compile!r}")
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -189,6 +197,7 @@ class Ezv2Policy(BasePolicy):
             lstm_dim=self.lstm_dim,
             search_dtype=self.search_dtype,
             train_dtype=self.train_dtype,
+            train_compile=self.train_compile,
             optimizer_class=self.optimizer_class,
             optimizer_kwargs=self.optimizer_kwargs,
         )
@@ -392,6 +401,8 @@ class MlpPolicy(Ezv2Policy):
         its effect on learning is not known
     :param train_dtype: ``"bfloat16"``: matrix products and convolutions of training in bfloat16 (autocast), where the
         processor has it; weights, losses and the optimizer stay float32
+    :param train_compile: ``"default"`` or another mode of :func:`torch.compile`: training with a compiled model, which rounds
+        otherwise. None: not compiled
     :param predicts_observations: a head predicts observations from imagined states; given by the algorithm, see there
         ``observation_coef``
     :param features_extractor_class: Features extractor to use; None: ``FlattenExtractor``, or of ``Dict`` observations
@@ -422,6 +433,7 @@ class MlpPolicy(Ezv2Policy):
         lstm_dim: int = 512,
         search_dtype: str = "float32",
         train_dtype: str = "float32",
+        train_compile: str | None = None,
         predicts_observations: bool = False,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
@@ -450,6 +462,7 @@ class MlpPolicy(Ezv2Policy):
             lstm_dim=lstm_dim,
             search_dtype=search_dtype,
             train_dtype=train_dtype,
+            train_compile=train_compile,
             predicts_observations=predicts_observations,
             features_extractor_class=features_extractor_class,
             features_extractor_kwargs=features_extractor_kwargs,
@@ -524,6 +537,8 @@ class CnnPolicy(Ezv2Policy):
         its effect on learning is not known
     :param train_dtype: ``"bfloat16"``: matrix products and convolutions of training in bfloat16 (autocast), where the
         processor has it; weights, losses and the optimizer stay float32
+    :param train_compile: ``"default"`` or another mode of :func:`torch.compile`: training with a compiled model, which rounds
+        otherwise. None: not compiled
     :param random_shift: largest shift of a training image in pixels; 0: none
     :param random_intensity: standard deviation of the factor of a training image's intensity; 0: none
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
@@ -552,6 +567,7 @@ class CnnPolicy(Ezv2Policy):
         lstm_dim: int = 512,
         search_dtype: str = "float32",
         train_dtype: str = "float32",
+        train_compile: str | None = None,
         random_shift: int = 4,
         random_intensity: float = 0.05,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
@@ -580,6 +596,7 @@ class CnnPolicy(Ezv2Policy):
             lstm_dim=lstm_dim,
             search_dtype=search_dtype,
             train_dtype=train_dtype,
+            train_compile=train_compile,
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
         )

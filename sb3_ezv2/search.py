@@ -35,8 +35,8 @@ NATIVE_MAX_ROOTS = 64
 
 HOST_MAX_ROOTS = 8
 """
-Up to so many roots of a model on a device are searched with its C++ version on the host: a search of S simulations is S + 1
-evaluations in turn, each of some sixty operations that a device must be told to begin, which takes longer than doing them here.
+Up to so many roots of a model on a device are searched with its C++ version on the host: S simulations are S + 1 evaluations
+in turn, each of some eighty operations, and to have a device begin them takes longer than to do them here.
 """
 
 

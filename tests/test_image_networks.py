@@ -206,7 +206,8 @@ def test_bytes_become_fractions_and_vectors_are_normalised() -> None:
     network = make(MIXED)
     obs = sample(MIXED, 5)
     seen: list[th.Tensor] = []
-    network.representation.towers[0][0].register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    first = next(iter(network.representation.towers[0].children()))
+    first.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
     network.represent(obs)
     network.represent({**obs, "camera": obs["camera"].float()})  # an augmented one
     for images in seen:

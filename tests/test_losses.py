@@ -19,9 +19,10 @@ from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
 from sb3_ezv2.distributions import SquashedGaussian, SupportSpec
-from sb3_ezv2.losses import Losses, Targets, compute_losses, unroll
+from sb3_ezv2.losses import Losses, Targets, compute_losses
 from sb3_ezv2.networks import Ezv2Network
 from sb3_ezv2.replay_buffer import Batch
+from sb3_ezv2.unroll import unroll
 
 OBS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 DISCRETE = spaces.Discrete(4)
@@ -101,7 +102,7 @@ def losses_of(network: Ezv2Network, batch: Batch, targets: Targets, seed: int = 
 
 def policies_of(network: Ezv2Network, batch: Batch) -> th.Tensor:
     """Outputs of the policy head at all steps. :return: [B, U + 1, outputs]"""
-    states = unroll(network, batch)
+    states = unroll(network, batch.observations, batch.actions)
     return network.policy_head(states.flatten(0, 1)).unflatten(0, states.shape[:2]).transpose(0, 1)
 
 
@@ -335,7 +336,7 @@ def test_the_gradient_is_halved_at_every_step_by_hand() -> None:
     toy = LinearToy()
     batch, _ = make_data(DISCRETE, size=1, steps=2)
     batch = batch._replace(observations=th.full((1, 3, 1), 2.0), actions=th.tensor([[[7.0], [11.0]]]))
-    states = unroll(toy, batch)[:, 0, 0]  # type: ignore[arg-type]
+    states = unroll(toy, batch.observations, batch.actions)[:, 0, 0]  # type: ignore[arg-type]
     assert states.tolist() == [6, 37, 196]  # values are whole
     of_w = [th.autograd.grad(state, toy.w, retain_graph=True)[0].item() for state in states]
     assert of_w == [2, 0.5 * 5 * 2, 0.25 * 25 * 2]
@@ -361,7 +362,7 @@ def test_the_gradient_is_halved_at_every_step_of_the_model(space: spaces.Space, 
         loss = losses_of(network, *arguments, **{**NO_COEFS, coef: 1.0}).total
         found = gradients(loss, network)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sb3_ezv2.losses.unroll", plain_unroll)
+            patch.setattr("sb3_ezv2.unroll.unroll", plain_unroll)
             whole = losses_of(network, *arguments, **{**NO_COEFS, coef: 1.0}).total
         th.testing.assert_close(loss, whole)
         expected = gradients(whole, network)
@@ -373,10 +374,10 @@ def test_the_gradient_is_halved_at_every_step_of_the_model(space: spaces.Space, 
         assert any((found[part] != 0).any() for part in found if part.startswith("representation"))
 
 
-def plain_unroll(network: Ezv2Network, batch: Batch) -> th.Tensor:
-    states = [network.represent(batch.observations[:, 0])]
-    for k in range(batch.actions.shape[1]):
-        states.append(network.dynamics_step(states[-1], batch.actions[:, k]))
+def plain_unroll(network: Ezv2Network, observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
+    states = [network.represent(observations[:, 0])]
+    for k in range(actions.shape[1]):
+        states.append(network.dynamics_step(states[-1], actions[:, k]))
     return th.stack(states)
 
 
@@ -398,7 +399,7 @@ def test_the_observation_loss_by_hand(space: spaces.Space) -> None:
     plain = losses_of(network, batch, targets)
     losses = losses_of(network, batch, targets, observation_coef=3.0)
     with th.no_grad():
-        states, expected = unroll(network, batch), 0.0
+        states, expected = unroll(network, batch.observations, batch.actions), 0.0
         for b in range(6):
             for k in range(1, 4):
                 if batch.observed[b, k]:
@@ -421,8 +422,8 @@ def test_consistency_is_at_least_minus_one_per_step() -> None:
     with pytest.MonkeyPatch.context() as patch:
         # a model that predicts exactly
         patch.setattr(
-            "sb3_ezv2.losses.unroll",
-            lambda model, batch: model.represent(batch.observations.transpose(0, 1).flatten(0, 1)).unflatten(0, (4, 6)),
+            "sb3_ezv2.unroll.unroll",
+            lambda model, obs, actions: model.represent(obs.transpose(0, 1).flatten(0, 1)).unflatten(0, (4, 6)),
         )
         consistency = losses_of(network, batch, targets).consistency
     assert consistency.item() == pytest.approx(-1.0, abs=1e-5)

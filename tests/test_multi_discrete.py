@@ -37,11 +37,12 @@ from torch.distributions import Categorical, Normal
 from sb3_ezv2 import EZV2
 from sb3_ezv2.distributions import SupportSpec
 from sb3_ezv2.image_networks import ImageNetwork
-from sb3_ezv2.losses import Targets, compute_losses, unroll
+from sb3_ezv2.losses import Targets, compute_losses
 from sb3_ezv2.multi_discrete import MultiCategorical, MultiDiscreteCandidates, category_sizes, distinct_actions
 from sb3_ezv2.reanalyze import Reanalyzer, learns_best_action
 from sb3_ezv2.replay_buffer import SequenceReplayBuffer
 from sb3_ezv2.search import GumbelSearch, SearchSettings
+from sb3_ezv2.unroll import unroll
 
 SIZES = [(3, 2, 4), (2, 2, 2), (5,), (1, 3)]
 
@@ -446,7 +447,7 @@ def test_policy_losses_are_those_of_loops(count: int) -> None:
     losses = compute_losses(network, batch, targets, rng, ent_coef=0.5)
     assert rng.bit_generator.state == np.random.default_rng(0).bit_generator.state
     with th.no_grad():
-        states = unroll(network, batch)
+        states = unroll(network, batch.observations, batch.actions)
         policy, entropies = 0.0, []
         for b, k in itertools.product(range(6), range(3)):
             if not batch.policy_mask[b, k]:

@@ -38,6 +38,7 @@ def test_a_task_of_the_paper_has_the_papers_settings() -> None:
     run = parse("--env", SWINGUP)
     assert (run.steps, run.policy, run.n_envs, run.action_repeat, run.env_kwargs) == (50000, "MlpPolicy", 1, 2, {})
     assert (run.params["gamma"], run.params["td_steps"], run.params["tau"]) == (0.994009, 5, 1.0)
+    assert run.params["observation_coef"] == 10.0  # the one loss that the paper has not
     kwargs = dict(value_support=(299.0, 51, "h"), reward_support=(2.0, 51, "h"), reward_scale=1.0)
     assert run.params["policy_kwargs"] == kwargs
     for part in (
