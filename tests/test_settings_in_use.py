@@ -64,7 +64,10 @@ def test_the_step_that_was_open_may_have_been_searched_with_other_settings(tmp_p
 def test_an_agent_of_one_environment_predicts_in_many(tmp_path: Path) -> None:
     make(buffer_size=100, train_freq=(1, "episode")).save(tmp_path / "agent")
     model = EZV2.load(tmp_path / "agent", env=make_vec_env("CartPole-v1", 16), device="cpu")
-    assert len(model.predict(model.get_env().reset(), deterministic=True)[0]) == 16
+    env = model.get_env()
+    assert env is not None
+    obs = env.reset()
+    assert isinstance(obs, np.ndarray) and len(model.predict(obs, deterministic=True)[0]) == 16
     with pytest.raises(ValueError, match="enlarge buffer_size"):
         model.learn(16)
 
@@ -84,9 +87,11 @@ def test_the_cache_goes_on_unless_its_searches_would_be_others() -> None:
     model = make().learn(60)
     assert model.replay_buffer is not None
     cache = model.replay_buffer.cache
-    assert model.learn(10, reset_num_timesteps=False).replay_buffer.cache is cache
+    model.learn(10, reset_num_timesteps=False)
+    assert model.replay_buffer.cache is cache
     model.n_simulations = 5
-    assert model.learn(10, reset_num_timesteps=False).replay_buffer.cache not in (cache, None)
+    model.learn(10, reset_num_timesteps=False)
+    assert model.replay_buffer.cache not in (cache, None)
     model.reanalyze_cache = False
     model.learn(10, reset_num_timesteps=False)
     assert model._reanalyzer is not None and model._reanalyzer.cache is None and model.replay_buffer.cache is None
