@@ -253,5 +253,5 @@ class ImageNetwork(BaseNetwork):
         if keys:
             assert isinstance(obs, dict)
             with th.no_grad():
-                vectors = super().preprocess({key: obs[key][observed] for key in keys})
+                vectors = self.preprocess({key: obs[key][observed] for key in keys})
                 self.representation.normalizer.update(self.representation.features(vectors))

@@ -243,7 +243,8 @@ class NativeModel:
 
 class HostCopy:
     """
-    A copy in the host's memory, for :class:`NativeModel`, of a :class:`sb3_ezv2.networks.Ezv2Network` on a device.
+    A copy in the host's memory, for :class:`NativeModel`, of a :class:`sb3_ezv2.networks.Ezv2Network` on a device. Its
+    features extractor, which may be anybody's, is not kept up to date: the features are computed on the device.
 
     :param model: see :class:`SearchModel`
     """
@@ -267,16 +268,20 @@ class HostCopy:
         if any(x.dtype != th.float32 for x in tensors):
             return None
         if self._watch is None or not self._watch.holds():
-            self._watch, self._flat = _Watch([model]), None
-            self._copy = copy.deepcopy(model).cpu().eval()
-        assert self._copy is not None
+            self._watch = self._copy = self._flat = None  # and so they stay if this is interrupted
+            host = copy.deepcopy(model).cpu().eval()
+            self._copy = None if export_weights(host) is None else host
+            self._watch = _Watch([model])
+        if self._copy is None:
+            return None
         # One comparison on the device, and one transfer where something has changed
         flat = th.cat([x.flatten() for x in tensors])
         if self._flat is None or not th.equal(flat, self._flat):
-            self._flat = flat
-            host = flat.cpu().split([x.numel() for x in tensors])
-            for x, values in zip(self._copy.float_tensors(), host):
+            self._flat = None
+            host_values = flat.cpu().split([x.numel() for x in tensors])
+            for x, values in zip(self._copy.float_tensors(), host_values):
                 x.copy_(values.view_as(x))
+            self._flat = flat
         return self._copy
 
 

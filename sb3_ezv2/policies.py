@@ -218,7 +218,7 @@ class Ezv2Policy(BasePolicy):
 
     def augment(self, obs: Any, rng: np.random.Generator) -> Any:
         """
-        :param obs: training observations, [..., observation] or a dictionary of such tensors
+        :param obs: training observations, [B, U + 1, ...] or a dictionary of such tensors
         :param rng: of the augmentation
         :return: what the model is trained with: here the observations themselves
         """

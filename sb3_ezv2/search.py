@@ -184,7 +184,7 @@ class GumbelSearch:
             host = self._on_host(device) if num_roots <= HOST_MAX_ROOTS else None
             self._searched_on_host = host is not None
             if host is not None:
-                result = host._run(apply(lambda x: x.cpu(), obs), rng)
+                result = host._run(obs, rng, features=self.model.features(obs).cpu())  # type: ignore[attr-defined]
                 return SearchResult(*(None if x is None else x.to(device) for x in result))  # type: ignore[arg-type]
             if num_roots <= self.max_roots:
                 return self._run(obs, rng)
@@ -204,14 +204,16 @@ class GumbelSearch:
             self._host_search = GumbelSearch(network, self.settings)
         return None if self._host_search._native.get() is None else self._host_search
 
-    def _run(self, obs: PyTorchObs, rng: np.random.Generator | None) -> SearchResult:
+    def _run(self, obs: PyTorchObs, rng: np.random.Generator | None, features: th.Tensor | None = None) -> SearchResult:
+        """:param features: of the observations, for the model in C++; None: they are still to be computed"""
         num_roots = batch_size(obs)
         native = self._native.get() if num_roots <= NATIVE_MAX_ROOTS else None
         if native is None:
             state, value, policy = self.model.initial_inference(obs)
         else:
-            features = self.model.features(obs).float().contiguous().numpy()  # type: ignore[attr-defined]
-            state, value, policy = (th.from_numpy(x) for x in native.initial(features))
+            if features is None:
+                features = self.model.features(obs)  # type: ignore[attr-defined]
+            state, value, policy = (th.from_numpy(x) for x in native.initial(features.float().contiguous().numpy()))
         network_value = value
         work = self._get_workspace(num_roots, state)
         tree = work.tree

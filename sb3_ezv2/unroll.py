@@ -93,7 +93,8 @@ def model_outputs(network: BaseNetwork, observations: Any, actions: th.Tensor, b
 class CompiledOutputs:
     """
     :func:`model_outputs` by :func:`torch.compile`: compiled at the first update, for a minute or so, and for each size of a
-    batch anew. Where that fails, for want of a C++ compiler for instance, a warning says so and nothing is compiled.
+    batch anew; of one process, PyTorch compiles eight and evaluates others eagerly (its ``recompile_limit``). Where it fails,
+    for want of a C++ compiler for instance, a warning says so and nothing is compiled.
 
     :param mode: one of :data:`COMPILE_MODES`
     """
@@ -110,7 +111,7 @@ class CompiledOutputs:
             self._function = th.compile(model_outputs, dynamic=False, mode=self.mode)
         try:
             return self._function(network, observations, actions, bfloat16)
-        except th._dynamo.exc.BackendCompilerFailed as error:
+        except th._dynamo.exc.ShortenTraceback as error:  # of a compiler that fails or is missing, Triton's as well
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"train_compile: the model cannot be compiled here and is trained without ({reason})", stacklevel=2)
             self._function = model_outputs

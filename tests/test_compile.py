@@ -36,9 +36,13 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
-def make(compiled: str | None, policy: str = "MlpPolicy", env: Any = "Pendulum-v1", **settings: Any) -> EZV2:
-    sizes = IMAGE_SIZES if policy != "MlpPolicy" else TINY["policy_kwargs"]
-    return EZV2(policy, env, **{"seed": 0, **TINY, "policy_kwargs": dict(**sizes, train_compile=compiled), **settings})
+def make(
+    compiled: str | None, policy: str = "MlpPolicy", env: Any = "Pendulum-v1", prefix: bool = False, **settings: Any
+) -> EZV2:
+    sizes = dict(IMAGE_SIZES if policy != "MlpPolicy" else TINY["policy_kwargs"], train_compile=compiled)
+    if prefix:
+        sizes, settings = dict(sizes, value_prefix=True, lstm_dim=8), dict(settings, unroll_steps=5)
+    return EZV2(policy, env, **{"seed": 0, **TINY, "policy_kwargs": sizes, **settings})
 
 
 def gradient_of(losses: Losses, network: Ezv2Network) -> th.Tensor:
@@ -66,7 +70,9 @@ def test_losses_gradients_and_statistics_are_the_same(space: spaces.Space, bfloa
         batch, targets = make_data(space, size=6)
     other = pickle.loads(pickle.dumps(network))
     expected = losses_of(network, batch, targets, bfloat16=bfloat16)
-    found = losses_of(other, batch, targets, bfloat16=bfloat16, outputs=CompiledOutputs("default"))
+    outputs = CompiledOutputs("default")
+    found = losses_of(other, batch, targets, bfloat16=bfloat16, outputs=outputs)
+    assert outputs._function is not model_outputs
     for name, x, y in zip(expected._fields, expected, found):
         th.testing.assert_close(x, y, rtol=3e-2 if bfloat16 else 1e-4, atol=1e-5, msg=name)
     gradient, its_gradient = gradient_of(expected, network), gradient_of(found, other)
@@ -78,17 +84,21 @@ def test_losses_gradients_and_statistics_are_the_same(space: spaces.Space, bfloa
         th.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize("kind", ["states", "observation_coef", "images", "dict"])
+@pytest.mark.parametrize("kind", ["states", "observation_coef", "value_prefix", "images", "dict"])
 def test_an_agent_learns_the_same(kind: str, backend: list[Any]) -> None:
     """In one graph, without a break."""
     arguments: dict[str, Any] = {}
     if kind == "observation_coef":
         arguments = dict(observation_coef=2.0)
+    elif kind == "value_prefix":
+        arguments = dict(prefix=True)
     elif kind != "states":
         space = MIXED if kind == "dict" else MIXED["camera"]
         arguments = dict(policy="MultiInputPolicy" if kind == "dict" else "CnnPolicy", env=SpacesEnv(space, DISCRETE))
     plain, compiled = make(None, **arguments).learn(54), make("reduce-overhead", **arguments).learn(54)
-    assert compiled._n_updates > 2 and compiled.policy.outputs is not model_outputs
+    outputs = compiled.policy.outputs
+    assert compiled._n_updates > 2 and isinstance(outputs, CompiledOutputs)
+    assert outputs._function not in (None, model_outputs)  # it has not fallen back
     assert backend == [dict(dynamic=False, mode="reduce-overhead")]
     th.testing.assert_close(weights(compiled), weights(plain), rtol=1e-3, atol=1e-4)
 

@@ -89,7 +89,7 @@ def test_a_search_on_the_host_sees_every_change(space: spaces.Space) -> None:
             parameter.add_(0.1)
     found = search.run(observations, None).value
     fresh = GumbelSearch(copy.deepcopy(network), search.settings).run(observations, None).value
-    assert th.equal(found, fresh) and not th.equal(found, before)
+    assert th.equal(found, fresh) and not th.equal(found, before) and search._searched_on_host
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])

@@ -401,6 +401,51 @@ def test_few_roots_of_a_model_on_a_device_are_searched_on_the_host(
     assert th.equal(again.run(obs[1:], None).value, plain.run(obs[1:], None).value)
 
 
+class Masked(FlattenExtractor):
+    """Its buffer is of no floats."""
+
+    def __init__(self, observation_space: spaces.Box):
+        super().__init__(observation_space)
+        self.register_buffer("keeps", th.ones(4, dtype=th.bool))
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        assert isinstance(self.keeps, th.Tensor)
+        return super().forward(observations) * self.keeps
+
+
+def test_features_are_those_of_the_model_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = make_network()
+    extractor = network.features_extractor = Masked(spaces.Box(-np.inf, np.inf, (4,)))
+    obs = th.randn(3, 4, generator=th.Generator().manual_seed(0))
+    plain, search = GumbelSearch(network, SETTINGS), GumbelSearch(network, SETTINGS)
+    monkeypatch.setattr(plain, "_on_host", lambda device: None)
+    pretend_a_device(monkeypatch)
+    before = search.run(obs, None).value
+    extractor.keeps[1] = False  # type: ignore[operator]
+    after = search.run(obs, None).value
+    assert search._searched_on_host and not th.equal(before, after) and th.equal(after, plain.run(obs, None).value)
+
+
+@pytest.mark.parametrize("interrupted", ["copy.deepcopy", "torch.Tensor.copy_"])
+def test_an_interrupted_transfer_is_made_again(interrupted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = make_network()
+    obs = th.randn(3, 4, generator=th.Generator().manual_seed(0))
+    search = GumbelSearch(network, SETTINGS)
+    pretend_a_device(monkeypatch)
+    if interrupted == "torch.Tensor.copy_":
+        search.run(obs, None)
+        by_vector(network)
+
+    def interrupt(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(interrupted, interrupt)
+        search.run(obs, None)
+    found = search.run(obs, None).value
+    assert search._searched_on_host and th.equal(found, GumbelSearch(network, SETTINGS).run(obs, None).value)
+
+
 def test_other_models_stay_on_their_device() -> None:
     """Those of other layers or number types, with hooks, for MultiDiscrete actions, and subclasses."""
 
@@ -413,7 +458,8 @@ def test_other_models_stay_on_their_device() -> None:
     subclass.__class__ = Subclass
     networks = [hooked, other, subclass, make_network().double(), make_network(spaces.MultiDiscrete([2, 3]))]
     for network in networks:
-        assert GumbelSearch(network, SETTINGS)._on_host(th.device("cuda")) is None
+        search = GumbelSearch(network, SETTINGS)
+        assert search._on_host(th.device("cuda")) is None and search._host_copy.get() is None
     assert GumbelSearch(make_network(), SETTINGS)._on_host(th.device("cuda")) is not None
 
 
