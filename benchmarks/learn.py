@@ -10,6 +10,7 @@ everything; the same command goes on where it stopped, in the middle of an episo
 """
 
 import argparse
+import copy
 import csv
 import importlib
 import inspect
@@ -44,6 +45,7 @@ from benchmarks.settings import SMALL
 from benchmarks.zoo_settings import NAMES, Defaults, Noise, describe
 from benchmarks.zoo_settings import read as read_zoo
 from sb3_ezv2.checkpoint import random_states, set_random_states
+from sb3_ezv2.policies import Ezv2Policy
 
 #: Where each algorithm is found. All but the first are baselines to compare with.
 ALGORITHMS = {
@@ -90,6 +92,7 @@ class Run:
     :param device: where the networks live
     :param save_every: seconds between checkpoints besides those of a stop; None: none
     :param record: names of logged values to put into the rows
+    :param newest_too: of EZV2 with averaged weights: evaluate the newest ones, too, and record what they return
     :param save_agent: keep the trained agent as a file
     """
 
@@ -112,6 +115,7 @@ class Run:
     device: str = "auto"
     save_every: float | None = None
     record: tuple[str, ...] = ()
+    newest_too: bool = False
     save_agent: bool = False
 
     @property
@@ -186,6 +190,20 @@ class _Stop:
                 signal.signal(number, handler)
 
 
+@contextmanager
+def _newest_weights(model: BaseAlgorithm) -> Iterator[None]:
+    """Within, EZV2's ``predict`` has the newest weights instead of averaged ones; training is left as it is."""
+    policy = model.policy
+    assert isinstance(policy, Ezv2Policy)
+    averaged, newest = policy.averaged_network, policy.network
+    kept = copy.deepcopy(averaged.state_dict())
+    averaged.load_state_dict(newest.state_dict())
+    try:
+        yield
+    finally:
+        averaged.load_state_dict(kept)
+
+
 class _Measure(BaseCallback):
     """
     Evaluates, writes rows and saves checkpoints, always between two updates (SB3 calls ``on_rollout_start`` there): what
@@ -253,16 +271,26 @@ class _Measure(BaseCallback):
         self.train_seconds += time.perf_counter() - self._resumed
         self.evaluate()
 
-    def evaluate(self) -> None:
-        """Evaluate the agent and write a row."""
-        start = time.perf_counter()
+    def returns(self) -> list[float]:
+        """Returns of the deterministic policy, one for each episode."""
         # The same start states each time, so that differences along a curve are the agent's; no two seeds share one.
         self.eval_env.seed(10_000 * (1 + self.run.seed))
         returns, _ = evaluate_policy(
             self.model, self.eval_env, n_eval_episodes=self.run.episodes, deterministic=True, return_episode_rewards=True
         )
-        self.eval_seconds += time.perf_counter() - start
+        assert isinstance(returns, list)
+        return returns
+
+    def evaluate(self) -> None:
+        """Evaluate the agent and write a row."""
+        start = time.perf_counter()
+        returns = self.returns()
         recorded = {name: self.logged.values.get(name) for name in self.run.record}
+        if self.run.newest_too:
+            with _newest_weights(self.model):
+                newest = self.returns()
+            recorded.update({"newest/mean": float(np.mean(newest)), "newest/std": float(np.std(newest))})
+        self.eval_seconds += time.perf_counter() - start
         row = dict(
             task=self.run.task,
             algo=self.run.algo,
@@ -466,6 +494,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--action-repeat", type=int, help="how often each action is applied (default: 1)")
     parser.add_argument("--env-kwargs", nargs="+", metavar="NAME:VALUE", help="the environment's parameters")
     parser.add_argument("--record", nargs="+", default=[], metavar="NAME", help="logged values to put into the rows")
+    parser.add_argument("--newest-too", action="store_true", help="of ezv2: evaluate the newest weights, too")
     parser.add_argument("--device", default="auto", help="where the networks live (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's choice)")
     parser.add_argument("--time-limit", type=float, help="seconds after which the command saves everything and ends")
@@ -488,6 +517,8 @@ def _runs(options: argparse.Namespace) -> list[Run]:
         raise ValueError(f"--eval-start must be at least 0, not {options.eval_start}.")
     if options.small and options.algo != "ezv2":
         raise ValueError("--small holds settings of ezv2 alone.")
+    if options.newest_too and options.algo != "ezv2":
+        raise ValueError("--newest-too is of ezv2 alone, whose predict has averaged weights.")
     known = _known_params(options.algo)
     base = read_zoo(options.algo, options.env, known) if options.zoo else Defaults(params=SMALL if options.small else {})
     steps = base.steps if options.steps is None else options.steps
@@ -521,6 +552,7 @@ def _runs(options: argparse.Namespace) -> list[Run]:
             device=options.device,
             save_every=options.save_every,
             record=tuple(options.record),
+            newest_too=options.newest_too,
             save_agent=options.save_agent,
         )
         for seed in options.seeds
