@@ -44,8 +44,8 @@ from benchmarks.provenance import commit, machine
 from benchmarks.settings import SMALL
 from benchmarks.zoo_settings import NAMES, Defaults, Noise, describe
 from benchmarks.zoo_settings import read as read_zoo
+from sb3_ezv2.base_policy import Ezv2Policy
 from sb3_ezv2.checkpoint import random_states, set_random_states
-from sb3_ezv2.policies import Ezv2Policy
 
 #: Where each algorithm is found. All but the first are baselines to compare with.
 ALGORITHMS = {

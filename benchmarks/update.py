@@ -44,6 +44,7 @@ from benchmarks.provenance import commit, machine
 from benchmarks.settings import SMALL, SMALL_IMAGES
 from sb3_ezv2 import EZV2
 from sb3_ezv2.losses import Targets, compute_losses
+from sb3_ezv2.reanalyze import Reanalyzer
 from sb3_ezv2.replay_buffer import RUNNING
 from sb3_ezv2.search import NATIVE_MAX_ROOTS
 from sb3_ezv2.unroll import COMPILE_MODES
@@ -248,8 +249,9 @@ def measure(
             reanalyzer.targets(buffer.sequences(stored[start : start + 256], unroll_steps=0), 0, np.random.default_rng(0))
 
     clock, policy = Clock(model.device), model.policy
+    # Reanalyzer: the class, since each learn() makes one
     watched = [
-        (buffer, "sample"), (buffer, "update_priorities"), (reanalyzer, "targets"), (reanalyzer.search, "run"),
+        (buffer, "sample"), (buffer, "update_priorities"), (Reanalyzer, "targets"), (reanalyzer.search, "run"),
         (policy, "augment"),
         (algorithm, "compute_losses"), (th.Tensor, "backward"), (th.nn.utils, "clip_grad_norm_"), (policy.optimizer, "step"),
         (policy, "follow"), (model, "_set_fresh_priorities"), (model, "_count"), (model, "_sample_action"), (model, "_update"),

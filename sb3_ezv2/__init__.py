@@ -2,8 +2,9 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from sb3_ezv2.base_policy import Ezv2Policy
 from sb3_ezv2.ezv2 import EZV2
-from sb3_ezv2.policies import CnnPolicy, Ezv2Policy, MlpPolicy, MultiInputPolicy
+from sb3_ezv2.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 
 try:
     __version__ = version("sb3-ezv2")

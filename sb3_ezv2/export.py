@@ -20,9 +20,9 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
+from sb3_ezv2.base_policy import Ezv2Policy
 from sb3_ezv2.multi_discrete import first_category
 from sb3_ezv2.observations import apply
-from sb3_ezv2.policies import Ezv2Policy
 
 FORMATS = ("torch.export", "torchscript")
 

@@ -19,9 +19,10 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import update_learning_rate
 
 from sb3_ezv2.ahead import next_batch, preparing_next
+from sb3_ezv2.base_policy import PREFIX_WINDOW, Ezv2Policy
 from sb3_ezv2.losses import compute_losses
 from sb3_ezv2.parts import check_buffer, exploration_eps, make_reanalyzer, make_replay_buffer, search_settings
-from sb3_ezv2.policies import PREFIX_WINDOW, CnnPolicy, Ezv2Policy, MlpPolicy, MultiInputPolicy, policy_for
+from sb3_ezv2.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, policy_for
 from sb3_ezv2.reanalyze import Reanalyzer
 from sb3_ezv2.replay_buffer import SequenceReplayBuffer
 from sb3_ezv2.resumable import LeftUpdates, OpenRollout, ResumableAlgorithm
@@ -124,7 +125,7 @@ class EZV2(ResumableAlgorithm):
     :param replay_buffer_class: a subclass of ``SequenceReplayBuffer``, or None for that itself
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param policy_kwargs: additional arguments to be passed to the policy on creation, see
-        :class:`sb3_ezv2.policies.Ezv2Policy`
+        :class:`sb3_ezv2.base_policy.Ezv2Policy`
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -375,7 +376,7 @@ class EZV2(ResumableAlgorithm):
         deterministic: bool = False,
         n_simulations: int | None = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """As in SB3, by search; with ``n_simulations`` of this call, see :meth:`sb3_ezv2.policies.Ezv2Policy.predict`."""
+        """As in SB3, by search; with ``n_simulations`` of this call, see :meth:`sb3_ezv2.base_policy.Ezv2Policy.predict`."""
         return self.policy.predict(observation, state, episode_start, deterministic, n_simulations)
 
     def set_parameters(

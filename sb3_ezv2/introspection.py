@@ -19,10 +19,10 @@ from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs
 from stable_baselines3.common.vec_env import unwrap_vec_normalize
 from torch.nn import functional as F
 
+from sb3_ezv2.base_policy import Ezv2Policy
 from sb3_ezv2.multi_discrete import MultiCategorical
 from sb3_ezv2.networks import BaseNetwork
 from sb3_ezv2.observations import apply, batch_size
-from sb3_ezv2.policies import Ezv2Policy
 from sb3_ezv2.search import SearchResult
 
 
@@ -136,7 +136,7 @@ def search_tree(
 ) -> SearchTree:
     """
     :param agent: an EZV2 agent or its policy
-    :param observation: one, as :meth:`~sb3_ezv2.policies.Ezv2Policy.predict` takes it
+    :param observation: one, as :meth:`~sb3_ezv2.base_policy.Ezv2Policy.predict` takes it
     :param n_simulations: of the search; None: as many as in training
     :param rng: of the search's noise; None: the search of deterministic prediction
     :return: the search of this observation
@@ -184,7 +184,7 @@ def play(
         lose its place. If it has a ``VecNormalize``, its statistics stay as they are, and rewards are normalised as it does it
     :param max_steps: steps after which the episode is cut short
     :param seed: of the episode
-    :param n_simulations: of each search, as in :meth:`~sb3_ezv2.policies.Ezv2Policy.predict`
+    :param n_simulations: of each search, as in :meth:`~sb3_ezv2.base_policy.Ezv2Policy.predict`
     :return: the episode
     :raises ValueError: there are several environments
     """

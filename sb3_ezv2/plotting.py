@@ -15,9 +15,9 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
+from sb3_ezv2.base_policy import Ezv2Policy
 from sb3_ezv2.distributions import SquashedGaussian
 from sb3_ezv2.introspection import Episode, SearchTree, episode_errors, imagine, policy_of, search_tree
-from sb3_ezv2.policies import Ezv2Policy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +45,7 @@ def plot_search(
     MultiBinary actions are written out (``2,0,1``) where they have at most :data:`LONGEST_NAME` dimensions.
 
     :param agent: an EZV2 agent or its policy
-    :param observation: one, as :meth:`~sb3_ezv2.policies.Ezv2Policy.predict` takes it
+    :param observation: one, as :meth:`~sb3_ezv2.base_policy.Ezv2Policy.predict` takes it
     :param n_simulations: of the search; None: as many as in training
     :param max_depth: of the tree that is drawn, at least 1; what lies deeper is counted below the nodes
     :param action_names: of ``Discrete`` actions, instead of their numbers
