@@ -343,7 +343,8 @@ def _found(run: Run) -> tuple[list[Row], Path | None, dict[str, Any] | None]:
     folder = Checkpoints(run.out, run.name).newest()
     state = pickle.loads((folder / "state.pkl").read_bytes()) if folder else None
     for algo, settings in [(row["algo"], row["settings"]) for row in rows] + ([state["made_with"]] if state else []):
-        if (algo, settings) != (run.algo, run.settings):
+        # Settings stand in the order in which they were given, which says nothing
+        if algo != run.algo or sorted(settings.split()) != sorted(run.settings.split()):
             raise ValueError(
                 f"{run.csv} was made with other settings ({algo}: {settings}); "
                 "give another --out or --label, or --no-resume to overwrite it."
@@ -400,6 +401,10 @@ def _train(run: Run, stop: _Stop, resume: bool) -> bool:
         return True
     if folder is None:
         checkpoints.remove()
+        if rows:
+            kept = run.csv.with_suffix(".csv.old")
+            os.replace(run.csv, kept)
+            print(f"{run.name} has no checkpoint to go on from and begins anew; its rows are kept in {kept}.", flush=True)
     train_env = make_vec_env(run.task, run.n_envs, run.action_repeat, run.env_kwargs)
     eval_env = make_vec_env(run.task, run.episodes, run.action_repeat, run.env_kwargs)
     try:

@@ -1,8 +1,10 @@
 """The benchmarks' own machinery: rows, going on after a stop, pictures, and the environments."""
 
 import csv
+import json
 import pickle
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,40 @@ def test_other_settings_are_refused(tmp_path, capsys):
     assert learn.main(command(tmp_path, "--label", "longer", steps=30)) == 0
     assert learn.main(command(tmp_path, "--no-resume", steps=30)) == 0
     assert {row["step"] for row in plots.read_rows([tmp_path])} == {15, 30}
+
+
+def test_the_order_of_settings_does_not_matter(tmp_path, capsys):
+    first = command(tmp_path, "ent_coef:0.01", "td_steps:7", "gamma:0.99", steps=20)
+    assert learn.main(first) == 0
+    capsys.readouterr()
+    assert learn.main(command(tmp_path, "gamma:0.99", "td_steps:7", "ent_coef:0.01", steps=20)) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_rows_without_a_checkpoint_are_kept(tmp_path, capsys):
+    """As in a fresh clone of a repository with the rows of a run that was stopped."""
+    line = command(tmp_path, steps=30)
+    assert not learn.train(run_of(line), StopAt(20))  # type: ignore[arg-type]
+    shutil.rmtree(tmp_path / "checkpoints")
+    path = run_of(line).csv
+    before = path.read_bytes()
+    assert before.count(b"\n") == 2
+    assert learn.main(line) == 0
+    assert "begins anew; its rows are kept in" in capsys.readouterr().out
+    assert path.with_suffix(".csv.old").read_bytes() == before
+    assert [row["step"] for row in plots.read_rows([tmp_path])] == [15, 30]
+
+
+def test_the_newest_weights_are_evaluated_too(tmp_path):
+    """Their returns are those of a run without averages, and training is the same."""
+    assert learn.main(command(tmp_path / "both", "average_fraction:0.5", "--newest-too")) == 0
+    assert learn.main(command(tmp_path / "newest", "average_fraction:0.0")) == 0
+    both, newest = (plots.read_rows([tmp_path / name]) for name in ("both", "newest"))
+    recorded = [json.loads(row["recorded"]) for row in both]
+    assert [x["newest/mean"] for x in recorded] == pytest.approx([row["mean"] for row in newest], abs=1e-3)
+    assert [x["newest/std"] for x in recorded] == pytest.approx([row["std"] for row in newest], abs=1e-3)
+    with pytest.raises(SystemExit):
+        learn.main(["--env", "CartPole-v1", "--steps", "9", "--algo", "dqn", "--newest-too", "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

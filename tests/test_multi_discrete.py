@@ -620,9 +620,9 @@ def test_learns() -> None:
         policy_kwargs=dict(net_arch=[64], state_dim=32, n_blocks=1, action_embedding_dim=16, projection_dim=32),
     )
     best, before = score(Controller()), score(model)
-    model.learn(900)
+    model.learn(1_200)
     learned = score(model)
-    assert before < 0.08 * best and learned > 0.15 * best, f"before {before:.1f}, learned {learned:.1f}, best {best:.1f}"
+    assert before < 0.08 * best and learned > 0.25 * best, f"before {before:.1f}, learned {learned:.1f}, best {best:.1f}"
 
 
 @pytest.mark.parametrize(
