@@ -283,6 +283,13 @@ class Ezv2Policy(BasePolicy):
         """A copy's weights and running statistics move towards the trained ones. :param share: 1: they become these"""
         get_ema_multi_avg_fn(1 - share)(follower.float_tensors(), self.network.float_tensors(), None)
 
+    @th.no_grad()
+    def restore_statistics(self) -> None:
+        """Running statistics with NaN or infinite entries, of a batch that made no update, become the averaged ones."""
+        for mine, averaged in zip(self.network.buffers(), self.averaged_network.buffers()):
+            if not th.isfinite(mine).all():
+                mine.copy_(averaged)
+
     def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         return self._predict(obs, deterministic=deterministic)
 

@@ -74,7 +74,8 @@ class EZV2(ResumableAlgorithm):
     :param td_steps: length of a fresh transition's value window
     :param td_steps_min: length of an old transition's value window; the paper has 5 and 5
     :param td_steps_age: the window shrinks by one step for every ``td_steps_age`` transitions collected since
-        (EfficientZero Eq. 12). None: 0.5% of the planned steps, at least 20
+        (EfficientZero Eq. 12). None: 0.5% of the planned steps, at least 20 (shares of a run are shares of at most 200,000
+        steps and updates and, of steps, of what the replay buffer holds)
     :param n_simulations: simulations of a search
     :param n_sampled_actions: Box, MultiDiscrete and MultiBinary: candidate actions at the root. Discrete: actions that enter
         sequential halving
@@ -449,14 +450,22 @@ class EZV2(ResumableAlgorithm):
         updates = self.final_gradient_steps + planned_updates(
             planned_steps, self.learning_starts, self.train_freq, self.gradient_steps, self.n_envs
         )
-        settings = self.td_steps_age, self.mixed_value_start, self.fresh_transitions, self.target_update_interval
-        plan = plan_run(planned_steps, updates, *settings)
+        plan = plan_run(
+            planned_steps,
+            updates,
+            self.replay_buffer.buffer_size * self.n_envs,
+            self.td_steps_age,
+            self.mixed_value_start,
+            self.fresh_transitions,
+            self.target_update_interval,
+            self.warmup_fraction,
+        )
         self.replay_buffer.td_steps_age = plan.td_steps_age
         self._reanalyzer.mixed_value_start = plan.mixed_value_start
         self._reanalyzer.fresh_transitions = plan.fresh_transitions
         self._target_update_interval = plan.target_update_interval
         if self._n_updates == 0:
-            self._warmup_updates = round(self.warmup_fraction * updates)
+            self._warmup_updates = plan.warmup_updates
 
     # ------------------------------------------------------------------ collecting
 
@@ -589,6 +598,7 @@ class EZV2(ResumableAlgorithm):
             network.update_statistics(batch.observations, batch.observed)
             augmented = policy.augment(batch.observations, self._generators["augmentation"])
             batch = batch._replace(observations=augmented, bootstrap_observations=None)  # large, and of no more use
+            policy.optimizer.zero_grad(set_to_none=True)
             losses = compute_losses(
                 network,
                 batch,
@@ -603,11 +613,11 @@ class EZV2(ResumableAlgorithm):
                 bfloat16=policy.trains_in_bfloat16,
                 outputs=policy.outputs,
             )
-            policy.optimizer.zero_grad(set_to_none=True)
             losses.total.backward()
             grad_norm = th.nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm)
             value_errors, fault = losses.read(grad_norm)
             if fault is not None:
+                policy.restore_statistics()
                 raise ValueError(
                     f"update {self._n_updates + 1} at step {self.num_timesteps}: the {fault} is NaN or infinite. The weights "
                     "are those before this update; a lower learning_rate or max_grad_norm, or rewards of a smaller range, may "
@@ -626,6 +636,9 @@ class EZV2(ResumableAlgorithm):
                 self._acting_refreshed_at = self._n_updates
             if refreshes:
                 policy.target_network.load_state_dict(network.state_dict())
+                if self.tau == 1.0:
+                    # Not in use, but ``tau`` may be changed
+                    policy.bootstrap_network.load_state_dict(network.state_dict())
                 self._target_refreshed_at = self._n_updates
                 reanalyzer.target_refreshed()
             self._count(

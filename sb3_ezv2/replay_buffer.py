@@ -308,6 +308,8 @@ class SequenceReplayBuffer(ReplayBuffer):
         slots = slots[self.kinds[slots] == RUNNING]
         if len(slots) > 0:
             self._fresh.append(slots)
+            if len(self._fresh) > self.ring:  # nobody takes them: no updates are made
+                self._fresh = [np.unique(np.concatenate(self._fresh))]
         self.waiting[env] = end
 
     def take_fresh(self) -> np.ndarray:

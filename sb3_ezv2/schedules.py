@@ -6,6 +6,10 @@ from typing import NamedTuple
 
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 
+LONGEST_PLAN = 200_000
+"""Steps and updates that a run counts as at most, those of the paper's longest runs: what is a share of them grows no further,
+so that a run which a callback shall stop can have a budget without limit."""
+
 TD_STEPS_AGE_FRACTION, SHORTEST_TD_STEPS_AGE = 0.005, 20
 """``td_steps_age`` of None, as a share of the planned steps, and its lower limit."""
 
@@ -17,50 +21,61 @@ FRESH_TRANSITIONS_FRACTION, FEWEST_FRESH_TRANSITIONS = 0.1, 500
 """``fresh_transitions`` of None, as a share of the planned steps, and its lower limit; the paper's 20,000 of 100,000
 are twice that share."""
 
-TARGET_UPDATE_FRACTION, SHORTEST_TARGET_UPDATE_INTERVAL, LONGEST_TARGET_UPDATE_INTERVAL = 0.002, 48, 400
-"""``target_update_interval`` of None, as a share of the planned updates, its lower limit, below which states would
-be searched anew for little, and its upper one, the paper's."""
+TARGET_UPDATE_FRACTION, SHORTEST_TARGET_UPDATE_INTERVAL = 0.002, 48
+"""``target_update_interval`` of None, as a share of the planned updates, and its lower limit, below which states would
+be searched anew for little."""
+
+LONGEST_TARGET_UPDATE_INTERVAL = round(TARGET_UPDATE_FRACTION * LONGEST_PLAN)
+"""The paper's 400."""
 
 
 class RunPlan(NamedTuple):
     """
-    The settings of these names, all of them numbers.
+    The settings of these names, all of them numbers, and the updates in which the learning rate rises.
 
     :param td_steps_age: transitions
     :param mixed_value_start: updates
     :param fresh_transitions: transitions
     :param target_update_interval: updates
+    :param warmup_updates: updates
     """
 
     td_steps_age: int
     mixed_value_start: int
     fresh_transitions: int
     target_update_interval: int
+    warmup_updates: int
 
 
 def plan_run(
     steps: int,
     updates: float,
+    capacity: int,
     td_steps_age: int | None,
     mixed_value_start: int | None,
     fresh_transitions: int | None,
     target_update_interval: int | None,
+    warmup_fraction: float,
 ) -> RunPlan:
     """
     :param steps: environment steps of the whole run
     :param updates: updates of the whole run
-    :return: the settings as given, those that are None as shares of the run
+    :param capacity: transitions that the replay buffer holds: shares of the steps are shares of these, if they are fewer
+    :param warmup_fraction: share of the updates in which the learning rate rises
+    :return: the settings as given, those that are None as shares of the run, which counts as one of at most
+        :data:`LONGEST_PLAN`
     """
+    steps, updates = min(steps, capacity, LONGEST_PLAN), min(updates, LONGEST_PLAN)
 
-    def share(setting: int | None, fraction: float, planned: float, least: int = 1) -> int:
+    def share(setting: int | None, fraction: float, planned: float, least: int) -> int:
         return max(least, round(fraction * planned)) if setting is None else setting
 
-    longest = LONGEST_TARGET_UPDATE_INTERVAL / TARGET_UPDATE_FRACTION
     return RunPlan(
         share(td_steps_age, TD_STEPS_AGE_FRACTION, steps, SHORTEST_TD_STEPS_AGE),
         share(mixed_value_start, MIXED_VALUE_START_FRACTION, updates, EARLIEST_MIXED_VALUE_START),
         share(fresh_transitions, FRESH_TRANSITIONS_FRACTION, steps, FEWEST_FRESH_TRANSITIONS),
-        share(target_update_interval, TARGET_UPDATE_FRACTION, min(updates, longest), SHORTEST_TARGET_UPDATE_INTERVAL),
+        share(target_update_interval, TARGET_UPDATE_FRACTION, updates, SHORTEST_TARGET_UPDATE_INTERVAL),
+        round(warmup_fraction * updates),
     )
 
 

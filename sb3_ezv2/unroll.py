@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
+from torch._functorch import config as functorch_config
 
 from sb3_ezv2.networks import BaseNetwork
 from sb3_ezv2.observations import apply
@@ -109,8 +110,11 @@ class CompiledOutputs:
     def __call__(self, network: BaseNetwork, observations: Any, actions: th.Tensor, bfloat16: bool = False) -> Outputs:
         if self._function is None:
             self._function = th.compile(model_outputs, dynamic=False, mode=self.mode)
+        th.compiler.cudagraph_mark_step_begin()
         try:
-            return self._function(network, observations, actions, bfloat16)
+            # The backward pass is compiled here, too, not when it is needed, where a failure would end the training
+            with functorch_config.patch(force_non_lazy_backward_lowering=True):
+                return self._function(network, observations, actions, bfloat16)
         except th._dynamo.exc.ShortenTraceback as error:  # of a compiler that fails or is missing, Triton's as well
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"train_compile: the model cannot be compiled here and is trained without ({reason})", stacklevel=2)

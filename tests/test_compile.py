@@ -12,6 +12,7 @@ import torch as th
 from common import TINY, SpacesEnv
 from gymnasium import spaces
 from test_losses import BOX, DISCRETE, losses_of, make_data, make_network
+from torch._dynamo.backends.common import aot_autograd
 
 from sb3_ezv2 import EZV2
 from sb3_ezv2.losses import Losses
@@ -112,6 +113,21 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch,
         model.learn(54)
     assert sum("train_compile" in str(x.message) for x in caught) == 1
     assert th.equal(weights(model), weights(make(None).learn(54)))
+
+
+def test_without_a_backward_pass_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that fails only there does so at once, and not in the middle of an update."""
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no code for this")
+
+    compile_, only_forward = th.compile, aot_autograd(fw_compiler=lambda graph, _: graph.forward, bw_compiler=fails)
+    monkeypatch.setattr(th, "compile", lambda function, **_: compile_(function, dynamic=False, backend=only_forward))
+    th._dynamo.reset()
+    model = make("default")
+    with pytest.warns(UserWarning, match="cannot be compiled here and is trained without"):
+        model.learn(54)
+    assert model._n_updates > 2 and model.policy.outputs._function is model_outputs  # type: ignore[attr-defined]
 
 
 def test_it_is_a_setting_that_is_saved(tmp_path: Path, backend: list[Any]) -> None:

@@ -205,6 +205,17 @@ def test_episodes_cut_by_a_reset_are_truncated() -> None:
     assert kinds.tolist().count(2) == 1 and kinds[49] == 2
 
 
+def test_a_polyak_network_can_be_asked_for_later() -> None:
+    """Where the target network serves as bootstrap, the other one is kept as new as it."""
+    model = make("CartPole-v1", tau=1.0).learn(100)
+    target, bootstrap = model.policy.target_network.float_tensors(), model.policy.bootstrap_network.float_tensors()
+    assert all(th.equal(a, b) for a, b in zip(target, bootstrap))
+    model.tau = 0.05
+    model.learn(20, reset_num_timesteps=False)
+    assert model._reanalyzer is not None and model._reanalyzer.bootstrap is model.policy.bootstrap_network
+    assert not model.policy.bootstrap_network.is_untrained()
+
+
 def test_warmup_and_schedule_of_the_learning_rate() -> None:
     rates: list[float] = []
 
@@ -220,20 +231,24 @@ def test_warmup_and_schedule_of_the_learning_rate() -> None:
 
 
 def test_what_follows_the_length_of_the_run() -> None:
-    def plan(steps: int, **settings: Any) -> tuple[int, int, int, int]:
+    def plan(steps: int, **settings: Any) -> tuple[int, int, int, int, int]:
         model = make("CartPole-v1", **{"target_update_interval": None, **settings})
         model._setup_learn(steps)
         buffer, reanalyzer = model.replay_buffer, model._reanalyzer
         assert buffer is not None and reanalyzer is not None
         targets = reanalyzer.mixed_value_start, reanalyzer.fresh_transitions
-        return buffer.td_steps_age, *targets, model._target_update_interval
+        return buffer.td_steps_age, *targets, model._target_update_interval, model._warmup_updates
 
-    assert plan(2_040) == (20, 300, 500, 48)  # 40 steps without updates
-    assert plan(2_040, gradient_steps=2) == (20, 300, 500, 48)
-    assert plan(100_040) == (500, 4_000, 10_004, 200)
-    assert plan(400_040)[-1] == 400
+    assert plan(2_040) == (20, 300, 500, 48, 20)  # 40 steps without updates
+    assert plan(2_040, gradient_steps=2) == (20, 300, 500, 48, 40)
+    assert plan(90_040) == (450, 3_600, 9_004, 180, 900)
+    # No more than the buffer holds, or of some transitions search-based values would never be used
+    assert plan(90_040, buffer_size=10_000) == (50, 3_600, 1_000, 180, 900)
+    # A budget without limit, for a callback that stops the run
+    assert plan(10**10) == (500, 8_000, 10_000, 400, 2_000)
+    assert plan(10**10, buffer_size=10**6) == (1_000, 8_000, 20_000, 400, 2_000)
     settings = dict(td_steps_age=7, mixed_value_start=0, fresh_transitions=0, target_update_interval=700)
-    assert plan(2_040, **settings) == (7, 0, 0, 700)
+    assert plan(2_040, warmup_fraction=0.5, **settings) == (7, 0, 0, 700, 1_000)
 
 
 @pytest.mark.parametrize(

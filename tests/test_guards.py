@@ -111,6 +111,18 @@ def test_nan_gradient_and_priority_are_named() -> None:
         model.train(1, 16)
 
 
+def test_running_statistics_survive_a_nan() -> None:
+    """Batch norm takes up a batch before its loss is known."""
+    model = make().learn(50)
+    handle = model.policy.network.dynamics.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+    with pytest.raises(ValueError, match=r"update 11 at step 50: the .* is NaN or infinite"):
+        model.train(1, 16)
+    handle.remove()
+    assert all(bool(th.isfinite(x).all()) for x in model.policy.network.buffers())
+    assert model.learn(10, reset_num_timesteps=False).num_timesteps == 60
+    check_consistent(model)
+
+
 class Fails(SpacesEnv):
     """Raises at a step of its life."""
 

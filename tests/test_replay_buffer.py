@@ -613,6 +613,18 @@ def test_nothing_can_be_sampled_at_first() -> None:
         buffer.reset()
 
 
+def test_fresh_transitions_that_nobody_takes_do_not_pile_up() -> None:
+    """As with ``gradient_steps=0``, which only collects."""
+    buffer, taken = make(), make()
+    stream, other = (Stream(x, ending=0.2, seed=1) for x in (buffer, taken))
+    for _ in range(3 * buffer.ring):
+        stream.steps(1)
+        other.steps(1)
+        taken._fresh = [np.unique(np.concatenate(taken._fresh))] if taken._fresh else []
+        assert len(buffer._fresh) <= buffer.ring + buffer.n_envs
+    assert set(buffer.take_fresh()) == set(taken.take_fresh())
+
+
 def test_fresh_transitions_wait_for_their_priority() -> None:
     buffer = make()
     stream = Stream(buffer, ending=0.0).steps(12)
