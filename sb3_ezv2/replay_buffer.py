@@ -315,10 +315,10 @@ class SequenceReplayBuffer(ReplayBuffer):
     def take_fresh(self) -> np.ndarray:
         """
         :return: int64 [n], slots of the starts that became sampleable since the last call: they are sampled once
-            :meth:`update_priorities` was called for them. If nothing could be sampled otherwise, windows that are
-            not complete yet are released, too.
+            :meth:`update_priorities` was called for them. As long as there are fewer than the steps of one window (a new
+            buffer that is learned from at once), windows that are not complete yet are released, too.
         """
-        if not self._fresh and self.num_sampleable == 0:
+        if not self._fresh and self.num_sampleable < window_length(self.unroll_steps, self.td_steps):
             for env in range(self.n_envs):
                 # The newest transition has no next observation yet
                 self._release(env, int(self.written[env]) - 1)
