@@ -203,6 +203,17 @@ def test_rows_without_a_checkpoint_are_kept(tmp_path, capsys):
 
 def test_the_newest_weights_are_evaluated_too(tmp_path):
     """Their returns are those of a run without averages, and training is the same."""
+    model = EZV2("MlpPolicy", "CartPole-v1", policy_kwargs=dict(net_arch=[16], state_dim=8, n_blocks=1), seed=0)
+    averaged, newest_network = model.policy.averaged_network, model.policy.network
+    for x in newest_network.parameters():
+        x.data += 1
+    before = [x.clone() for x in averaged.parameters()]
+    with learn._newest_weights(model):
+        assert all(th.equal(a, b) for a, b in zip(averaged.parameters(), newest_network.parameters()))
+    assert all(
+        th.equal(a, b) and not th.equal(a, c) for a, b, c in zip(averaged.parameters(), before, newest_network.parameters())
+    )
+
     assert learn.main(command(tmp_path / "both", "average_fraction:0.5", "--newest-too")) == 0
     assert learn.main(command(tmp_path / "newest", "average_fraction:0.0")) == 0
     both, newest = (plots.read_rows([tmp_path / name]) for name in ("both", "newest"))

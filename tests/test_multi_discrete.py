@@ -604,25 +604,30 @@ def score(policy: Any) -> float:
 
 
 def test_learns() -> None:
-    """25 actions, of which 8 are candidates. A run this short is far from the best, and far from one that learns nothing."""
-    model = EZV2(
-        "MlpPolicy",
-        Dials(),
-        seed=0,
-        device="cpu",
-        learning_starts=300,
-        batch_size=32,
-        gamma=0.9,
-        n_simulations=16,
-        n_sampled_actions=8,
-        acting_update_interval=25,
-        target_update_interval=50,
-        policy_kwargs=dict(net_arch=[64], state_dim=32, n_blocks=1, action_embedding_dim=16, projection_dim=32),
-    )
-    best, before = score(Controller()), score(model)
-    model.learn(1_200)
-    learned = score(model)
-    assert before < 0.08 * best and learned > 0.25 * best, f"before {before:.1f}, learned {learned:.1f}, best {best:.1f}"
+    """
+    25 actions, of which 8 are candidates. A run this short is far from the best, and far from one that learns nothing; three
+    seeds, since one alone can be late for rounding.
+    """
+    best, before, learned = score(Controller()), [], []
+    for seed in (0, 1, 2):
+        model = EZV2(
+            "MlpPolicy",
+            Dials(),
+            seed=seed,
+            device="cpu",
+            learning_starts=300,
+            batch_size=32,
+            gamma=0.9,
+            n_simulations=16,
+            n_sampled_actions=8,
+            acting_update_interval=25,
+            target_update_interval=50,
+            policy_kwargs=dict(net_arch=[64], state_dim=32, n_blocks=1, action_embedding_dim=16, projection_dim=32),
+        )
+        before.append(score(model))
+        model.learn(900)
+        learned.append(score(model))
+    assert max(before) < 0.08 * best and np.mean(learned) > 0.25 * best, f"before {before}, learned {learned}, best {best:.1f}"
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ def test_a_printed_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         assert row["obs"] == "state" and row["device"] == "cpu" and row["batch"] == 8
         parts = sum(row[name] for name in KEYS[4:9])
         assert 0 < row["floor_ms"] < row["update_ms"] and 0 < parts <= 1.5 * row["update_ms"]
+        assert row["targets_ms"] > 0
     kept = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     # off: at most B * (U + 1) states; on: all had been searched but the newest
     assert 40 < kept[0]["searched_states"] <= 48 and kept[1]["searched_states"] <= 2 and "commit" in kept[1]
