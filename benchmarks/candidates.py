@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import torch as th
 
-from benchmarks.provenance import commit
+from benchmarks.provenance import commit, machine
 from sb3_ezv2.distributions import SquashedGaussian
 
 CANDIDATES, STATES, ENT_COEF, LEARNING_RATE = 16, 64, 5e-3, 3e-3
@@ -73,6 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--noise", type=float, nargs="+", default=[0.1, 0.3, 1.0, 3.0, math.inf])
     parser.add_argument("--optima", type=float, nargs="+", default=[0.3, 1.0])
     parser.add_argument("--updates", type=int, default=1_200)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="CSV file to write")
     options = parser.parse_args(arguments)
     th.set_num_threads(1)
@@ -82,8 +84,13 @@ def main(arguments: list[str] | None = None) -> None:
             for noise in options.noise:
                 for fraction in options.fractions:
                     setting = dict(optimum=optimum, dimensions=dimensions, noise=noise, fraction=fraction)
-                    found = train(fraction, options.flat_std_scale, dimensions, noise, optimum, options.updates)
-                    rows.append({**setting, "flat_std_scale": options.flat_std_scale, **found, "commit": commit()})
+                    start = time.perf_counter()
+                    found = train(fraction, options.flat_std_scale, dimensions, noise, optimum, options.updates, options.seed)
+                    made = dict(
+                        flat_std_scale=options.flat_std_scale, seed=options.seed, updates=options.updates,
+                        seconds=round(time.perf_counter() - start, 1), machine=machine(), commit=commit(),
+                    )  # fmt: skip
+                    rows.append({**setting, **found, **made})
                     print("  ".join(f"{name} {value}" for name, value in {**setting, **found}.items()), flush=True)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
