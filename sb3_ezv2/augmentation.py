@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_ezv2.observations import image_keys
+
+
+class AugmentedImages(NamedTuple):
+    """
+    Images and the factors that they are still to be multiplied by: an update holds the images of all unrolled steps, and as
+    floats they would be its largest tensor.
+
+    :param images: [..., planes, height, width] as the environment gives them, bytes for instance
+    :param factors: float32 [..., 1, 1, 1]
+    """
+
+    images: th.Tensor
+    factors: th.Tensor
+
+    def floats(self) -> th.Tensor:
+        """:return: float32, in the shape, the order in memory and the units of ``images``"""
+        # images * factors would convert the images to another copy first
+        return th.empty_like(self.images, dtype=th.float32).copy_(self.images).mul_(self.factors)
 
 
 def random_shift(images: th.Tensor, pixels: int, rng: np.random.Generator) -> th.Tensor:
@@ -31,20 +51,20 @@ def random_shift(images: th.Tensor, pixels: int, rng: np.random.Generator) -> th
     return shifted.movedim(-1, 2).transpose(0, 1)
 
 
-def random_intensity(images: th.Tensor, scale: float, rng: np.random.Generator) -> th.Tensor:
+def random_intensity(images: th.Tensor, scale: float, rng: np.random.Generator) -> AugmentedImages:
     """
     Multiply each image by 1 + ``scale`` times a normal number, which is clipped to [-2, 2].
 
     :param images: [..., planes, height, width]
     :param scale: standard deviation of the factors
     :param rng: of the factors
-    :return: float32, of that shape and in the units of ``images``
+    :return: the images with their factors
     """
     noise = rng.standard_normal((*images.shape[:-3], 1, 1, 1), dtype=np.float32).clip(-2, 2)
-    return images * th.from_numpy(1 + np.float32(scale) * noise).to(images.device)
+    return AugmentedImages(images, th.from_numpy(1 + np.float32(scale) * noise).to(images.device))
 
 
-def augment(obs: PyTorchObs, space: spaces.Space, pixels: int, intensity: float, rng: np.random.Generator) -> PyTorchObs:
+def augment(obs: PyTorchObs, space: spaces.Space, pixels: int, intensity: float, rng: np.random.Generator) -> Any:
     """
     Each observation gets a shift and an intensity of its own, so that the two branches of the consistency loss see two
     views; vectors stay as they are.
@@ -54,11 +74,11 @@ def augment(obs: PyTorchObs, space: spaces.Space, pixels: int, intensity: float,
     :param pixels: largest shift; 0: none
     :param intensity: standard deviation of the factors; 0: none
     :param rng: of both
-    :return: as ``obs``; images as float32 in [0, 255] (and a little above), if there is an intensity
+    :return: as ``obs``; images as :class:`AugmentedImages` if there is an intensity
     """
     keys = image_keys(space)
 
-    def views(images: th.Tensor) -> th.Tensor:
+    def views(images: th.Tensor) -> th.Tensor | AugmentedImages:
         shifted = random_shift(images, pixels, rng) if pixels > 0 else images
         return random_intensity(shifted, intensity, rng) if intensity > 0 else shifted
 

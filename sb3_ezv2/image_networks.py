@@ -15,8 +15,12 @@ from stable_baselines3.common.preprocessing import get_flattened_obs_dim, is_ima
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
+from sb3_ezv2.augmentation import AugmentedImages
 from sb3_ezv2.distributions import CategoricalSupport, SupportSpec
 from sb3_ezv2.networks import BaseNetwork, Head, PrefixHead, RunningNorm, projection_mlp
+
+PIECE = 256
+"""Images that are encoded at once where batch norm has running statistics."""
 
 
 def conv3x3(planes_in: int, planes_out: int, stride: int = 1) -> nn.Conv2d:
@@ -55,13 +59,19 @@ class ConvBlock(nn.Module):
 class ImageTower(nn.Sequential):
     """
     Layers that see pixels in [0, 1]. Here they are scaled, so that the scaled images, the largest tensor of an update, are
-    forgotten after the first layer.
+    forgotten after the first layer. Where rows do not depend on one another, so outside of training, :data:`PIECE` of them go
+    through at a time.
     """
 
-    def forward(self, images: th.Tensor) -> th.Tensor:
-        """:param images: [B, planes, height, width], bytes or floats in [0, 255]"""
-        # The convolutions want this order; it is cheaper to bring bytes into it than floats
-        return super().forward(images.contiguous(memory_format=th.channels_last) / 255.0)
+    def forward(self, images: th.Tensor | AugmentedImages) -> th.Tensor:
+        """:param images: [B, planes, height, width], bytes or floats in [0, 255], or such images with factors"""
+        if isinstance(images, AugmentedImages):
+            # The convolutions want this order; it is cheaper to bring bytes into it than floats
+            ordered = AugmentedImages(images.images.contiguous(memory_format=th.channels_last), images.factors)
+            return super().forward(ordered.floats().div_(255.0))
+        if self.training or len(images) <= PIECE:
+            return super().forward(images.contiguous(memory_format=th.channels_last) / 255.0)
+        return th.cat([self(piece) for piece in images.split(PIECE)])
 
 
 def image_tower(planes_in: int, channels: int, n_blocks: int, n_downsamples: int) -> ImageTower:

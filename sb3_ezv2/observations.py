@@ -15,10 +15,12 @@ Observations = TypeVar("Observations")
 def apply(function: Callable[[Any], Any], obs: Observations) -> Observations:
     """
     :param function: of one array or tensor
-    :param obs: one, or a dictionary of them
-    :return: the function's result, or a dictionary of its results
+    :param obs: one, a named tuple of them (augmented images with their factors), or a dictionary of either
+    :return: the function's result, or its results in a tuple or dictionary like ``obs``
     """
-    return {key: function(value) for key, value in obs.items()} if isinstance(obs, dict) else function(obs)  # type: ignore
+    if isinstance(obs, dict):
+        return {key: apply(function, value) for key, value in obs.items()}  # type: ignore[return-value]
+    return type(obs)(*map(function, obs)) if isinstance(obs, tuple) else function(obs)
 
 
 def batch_size(obs: Any) -> int:

@@ -12,7 +12,7 @@ from gymnasium import spaces
 
 import sb3_ezv2.ezv2 as algorithm
 from sb3_ezv2 import EZV2
-from sb3_ezv2.augmentation import augment, random_intensity, random_shift
+from sb3_ezv2.augmentation import AugmentedImages, augment, random_intensity, random_shift
 
 IMAGE = spaces.Box(0, 255, (2, 16, 18), np.uint8)
 MIXED = spaces.Dict(camera=IMAGE, speed=spaces.Box(-1, 1, (3,), np.float32))
@@ -39,8 +39,10 @@ def test_shift_is_a_crop_of_the_padded_image(pixels: int) -> None:
 
 def test_intensity_is_one_factor_per_image() -> None:
     original = images(4000, 2, 3, 3).clamp(min=1)
-    found = random_intensity(original, 0.05, np.random.default_rng(0))
-    assert found.dtype == th.float32
+    view = random_intensity(original, 0.05, np.random.default_rng(0))
+    assert view.images is original and view.factors.dtype == th.float32  # bytes until they are needed
+    found = view.floats()
+    assert found.dtype == th.float32 and th.equal(found, original * view.factors)
     factors = found / original
     th.testing.assert_close(factors, factors[:, :1, :1, :1].expand_as(factors))
     factors = factors[:, 0, 0, 0]
@@ -63,7 +65,9 @@ def test_dictionaries_vectors_stay() -> None:
     obs = {"camera": images(4, 3, 2, 16, 18), "speed": th.rand(4, 3, 3)}
     found = augment(obs, MIXED, 4, 0.05, np.random.default_rng(0))
     assert isinstance(found, dict) and th.equal(found["speed"], obs["speed"])
-    assert found["camera"].shape == obs["camera"].shape and not th.equal(found["camera"], obs["camera"].float())
+    camera = found["camera"]
+    assert isinstance(camera, AugmentedImages)
+    assert camera.floats().shape == obs["camera"].shape and not th.equal(camera.floats(), obs["camera"].float())
 
 
 @pytest.mark.parametrize("space, policy", [(IMAGE, "CnnPolicy"), (MIXED, "MultiInputPolicy")], ids=["image", "dict"])
@@ -87,7 +91,9 @@ def test_only_the_losses_see_it(space: spaces.Space, policy: str, monkeypatch: p
     monkeypatch.setattr(model._reanalyzer, "targets", see_targets)
     monkeypatch.setattr(algorithm, "compute_losses", see_losses)
     model.train(1, 8)
-    seen = [x["camera"] if isinstance(x, dict) else x for x in (*batches["targets"], *batches["losses"])]
+    original, view = (x["camera"] if isinstance(x, dict) else x for x in (*batches["targets"], *batches["losses"]))
+    assert isinstance(view, AugmentedImages)
+    seen = [original, view.floats()]
     assert seen[0].dtype == th.uint8 and seen[1].dtype == th.float32 and seen[0].shape == seen[1].shape
     # both branches: the first observations and those that follow
     for step in range(seen[0].shape[1]):

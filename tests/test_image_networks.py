@@ -15,6 +15,8 @@ import torch as th
 from gymnasium import spaces
 from torch import nn
 
+from sb3_ezv2 import image_networks
+from sb3_ezv2.augmentation import AugmentedImages
 from sb3_ezv2.distributions import CategoricalSupport, SupportSpec
 from sb3_ezv2.image_networks import ConvBlock, ImageNetwork, image_tower
 from sb3_ezv2.networks import PrefixHead, RunningNorm
@@ -202,6 +204,21 @@ def test_embedding_of_the_action_is_a_convolution_of_constant_planes() -> None:
     th.testing.assert_close(network.dynamics_step(state, action), expected)
 
 
+def test_many_images_go_through_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where batch norm has running statistics, and only there."""
+    monkeypatch.setattr(image_networks, "PIECE", 3)
+    tower, images = image_tower(2, 8, 1, 3), th.randint(256, (7, 2, 24, 20), dtype=th.uint8)
+    rows: list[int] = []
+    tower[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    tower(images)
+    assert rows == [7]
+    found = tower.eval()(images)
+    assert rows == [7, 3, 3, 1]
+    monkeypatch.setattr(image_networks, "PIECE", 7)
+    th.testing.assert_close(found, tower(images))
+    assert rows == [7, 3, 3, 1, 7]
+
+
 def test_bytes_become_fractions_and_vectors_are_normalised() -> None:
     network = make(MIXED)
     obs = sample(MIXED, 5)
@@ -209,10 +226,16 @@ def test_bytes_become_fractions_and_vectors_are_normalised() -> None:
     first = next(iter(network.representation.towers[0].children()))
     first.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
     network.represent(obs)
-    network.represent({**obs, "camera": obs["camera"].float()})  # an augmented one
+    network.represent({**obs, "camera": obs["camera"].float()})
+    augmented: Any = {**obs, "camera": AugmentedImages(obs["camera"], th.ones(5, 1, 1, 1))}
+    network.represent(augmented)
     for images in seen:
         assert images.dtype == th.float32 and th.equal(images, obs["camera"] / 255.0)
-    assert len(seen) == 2
+    assert len(seen) == 3
+    factors = th.tensor([0.9, 1.0, 1.05, 1.1, 0.97])[:, None, None, None]
+    augmented["camera"] = AugmentedImages(obs["camera"], factors)
+    network.represent(augmented)
+    assert th.equal(seen[3], obs["camera"] * factors / 255.0)
     prepared = network.preprocess(obs)
     features = network.representation.features(prepared)
     assert features.shape == (5, 4 + 3)
