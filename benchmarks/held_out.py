@@ -62,7 +62,12 @@ def explained(values: th.Tensor, returns: th.Tensor) -> float:
 
 
 def fit(
-    model: EZV2, train: tuple[th.Tensor, th.Tensor], test: tuple[th.Tensor, th.Tensor], noise: float, updates: list[int], seed: int
+    model: EZV2,
+    train: tuple[th.Tensor, th.Tensor],
+    test: tuple[th.Tensor, th.Tensor],
+    noise: float,
+    updates: list[int],
+    seed: int,
 ) -> Iterator[dict[str, Any]]:
     """
     :param model: whose kind of network is fitted, from new weights
