@@ -22,13 +22,13 @@ import gymnasium as gym
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import torch as th  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+import torch as th
 
-from benchmarks.envs import make_env  # noqa: E402
-from benchmarks.provenance import commit, machine  # noqa: E402
-from sb3_ezv2 import EZV2  # noqa: E402
+from benchmarks.envs import make_env
+from benchmarks.provenance import commit, machine
+from sb3_ezv2 import EZV2
 
 SHOULDER, WRIST = np.linspace(-np.pi, np.pi, 61), np.linspace(-2.79, 2.79, 55)
 REPEAT = 2
@@ -40,7 +40,7 @@ def poses(env: gym.Env[Any, Any], seed: int) -> tuple[np.ndarray, np.ndarray, np
     """
     :param env: ``dm_control/reacher-easy-v0``
     :param seed: of the start
-    :return: [W * S, 6] observations of all poses at rest; bool [W, S], where the finger is on the target; [2] the start's angles
+    :return: [W * S, 6] observations of all poses at rest; bool [W, S], where the finger is on the target; the start, [2]
     """
     env.reset(seed=seed)
     physics = env.unwrapped._env.physics  # type: ignore[attr-defined]
@@ -58,7 +58,7 @@ def poses(env: gym.Env[Any, Any], seed: int) -> tuple[np.ndarray, np.ndarray, np
 
 
 def local_maxima(values: np.ndarray) -> np.ndarray:
-    """:param values: [W, S] :return: bool [W, S], greater than all neighbours; no more is known of the first and last shoulder"""
+    """:param values: [W, S] :return: bool [W, S], greater than all neighbours, which the first and last shoulder have not"""
     padded = np.pad(values, ((1, 1), (0, 0)), constant_values=-np.inf)  # the wrist has limits
     padded = np.pad(padded, ((0, 0), (1, 1)), mode="edge")
     height, width = values.shape

@@ -20,8 +20,9 @@ from stable_baselines3.common.utils import update_learning_rate
 
 from sb3_ezv2.ahead import next_batch, preparing_next
 from sb3_ezv2.base_policy import PREFIX_WINDOW, Ezv2Policy
+from sb3_ezv2.exploration import RandomActions, check_exploration, exploration_eps
 from sb3_ezv2.losses import compute_losses
-from sb3_ezv2.parts import check_buffer, exploration_eps, make_reanalyzer, make_replay_buffer, search_settings
+from sb3_ezv2.parts import check_buffer, make_reanalyzer, make_replay_buffer, search_settings
 from sb3_ezv2.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, policy_for
 from sb3_ezv2.reanalyze import Reanalyzer
 from sb3_ezv2.replay_buffer import SequenceReplayBuffer
@@ -62,6 +63,9 @@ class EZV2(ResumableAlgorithm):
     :param learning_starts: how many steps of random actions to collect before learning starts
     :param exploration_eps: share of random actions afterwards, while learning. None: 0.1 for Discrete actions, 0 for Box, of
         which some candidates are drawn from a flattened policy; the paper has 0
+    :param exploration_repeat: longest time, in steps, for which such an action is repeated, see
+        :class:`sb3_ezv2.exploration.RandomActions`; ``exploration_eps`` is then the probability at each step that one begins.
+        1: each is drawn anew
     :param batch_size: sequences in a batch
     :param gamma: the discount factor of one step of the environment; the paper has 0.997 per frame, of which an action that is
         repeated k times takes k
@@ -193,6 +197,7 @@ class EZV2(ResumableAlgorithm):
         lr_decay_factor: float = 0.1,
         policy_target: str = "auto",
         exploration_eps: float | None = None,
+        exploration_repeat: int = 1,
         search_value: str | None = None,
         average_fraction: float = 0.05,
         observation_coef: float = 0.0,
@@ -264,6 +269,7 @@ class EZV2(ResumableAlgorithm):
         self.lr_decay_factor = lr_decay_factor
         self.policy_target = policy_target
         self.exploration_eps = exploration_eps
+        self.exploration_repeat = exploration_repeat
         self.search_value = search_value
         self.average_fraction = average_fraction
         self.observation_coef = observation_coef
@@ -275,6 +281,7 @@ class EZV2(ResumableAlgorithm):
         self._target_refreshed_at: int | None = None
         self._target_update_interval = LONGEST_TARGET_UPDATE_INTERVAL
         self._generators: dict[str, np.random.Generator] | None = None
+        self._random_actions: RandomActions | None = None
         self._reanalyzer: Reanalyzer | None = None
         if _init_setup_model:
             self._setup_model()
@@ -322,6 +329,7 @@ class EZV2(ResumableAlgorithm):
     def _check_learning(self) -> None:
         """:raises ValueError, TypeError: settings of learning that cannot be, in as many environments as there are"""
         check_buffer(self)
+        check_exploration(self)
         self._convert_train_freq()
         assert isinstance(self.train_freq, TrainFreq)
         check_train_freq(self.train_freq, self.n_envs)
@@ -428,6 +436,8 @@ class EZV2(ResumableAlgorithm):
         self._plan(planned_steps)
         if env_is_reset:
             self._rollout = OpenRollout()
+        if env_is_reset or self._random_actions is None:
+            self._random_actions = RandomActions(self.n_envs)
         if reset_num_timesteps:
             self._stats, self._updates_left = {}, 0
         if self._updates_left > 0:
@@ -479,8 +489,8 @@ class EZV2(ResumableAlgorithm):
 
     def _choose_action(self, learning_starts: int, n_envs: int) -> tuple[np.ndarray, np.ndarray]:
         """
-        Uniform actions before ``learning_starts`` and, for a share of ``exploration_eps``, afterwards; otherwise a search
-        with the acting network.
+        Uniform actions before ``learning_starts`` and, as ``exploration_eps`` says, afterwards; otherwise a search with the
+        acting network.
 
         :return: actions for the environment, and as they are stored: counted from 0, or flat and scaled to [-1, 1]
         """
@@ -504,8 +514,10 @@ class EZV2(ResumableAlgorithm):
             actions = actions.astype(self.action_space.dtype)
         actions, stored = actions.copy(), best.cpu().numpy().copy()  # the search keeps its own
         if (eps := exploration_eps(self)) > 0:
-            for env in np.flatnonzero(self._generators["acting"].random(n_envs) < eps):
-                actions[env] = self.action_space.sample()
+            assert self._random_actions is not None
+            rng, longest = self._generators["acting"], self.exploration_repeat
+            for env, action in self._random_actions.choose(eps, longest, self.action_space, rng).items():
+                actions[env] = action
                 stored[env] = self.policy.from_env_actions(actions[env : env + 1])[0]
         return actions, stored
 
@@ -520,6 +532,8 @@ class EZV2(ResumableAlgorithm):
     ) -> None:
         assert isinstance(replay_buffer, SequenceReplayBuffer)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        assert self._random_actions is not None
+        self._random_actions.end_episodes(dones)
         if self._last_search is not None and self._acting_is_as_new_as_target():
             assert self._reanalyzer is not None
             self._reanalyzer.store(replay_buffer.last_slots, self._last_search)

@@ -14,13 +14,6 @@ if TYPE_CHECKING:
     from sb3_ezv2.ezv2 import EZV2
 
 
-def exploration_eps(agent: EZV2) -> float:
-    """:return: share of random actions while learning; see :func:`sb3_ezv2.search.searches_all_actions`"""
-    if agent.exploration_eps is not None:
-        return agent.exploration_eps
-    return 0.1 if searches_all_actions(agent.action_space, agent.n_sampled_actions) else 0.0
-
-
 def search_settings(agent: EZV2) -> SearchSettings:
     """:return: of all its searches; see :func:`sb3_ezv2.search.searches_all_actions`"""
     all_actions = searches_all_actions(agent.action_space, agent.n_sampled_actions)

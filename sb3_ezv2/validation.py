@@ -296,6 +296,7 @@ def check_settings(settings: dict[str, Any]) -> None:
         "n_sampled_actions",
         "n_inner_actions",
         "acting_update_interval",
+        "exploration_repeat",
     ):
         check_integer(name, settings[name], 1)
     for name in ("learning_starts", "final_gradient_steps"):

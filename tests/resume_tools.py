@@ -78,6 +78,10 @@ CASES: dict[str, tuple[Callable[[], VecEnv], dict[str, Any]]] = {
         # a batch is prepared at every stop once there are updates
         dict(gradient_steps=-1, target_update_interval=19, reanalyze_ahead=True, reanalyze_thread=True),
     ),
+    "exploring": (  # at every stop some random action is still to be repeated
+        lambda: make_vec_env("Pendulum-v1", 3, seed=3, env_kwargs=SHORT),
+        dict(exploration_eps=0.5, exploration_repeat=8),
+    ),
     "replayed": (lambda: make_vec_env(Stubborn, 2, seed=3, wrapper_class=Resumable), {}),
 }
 

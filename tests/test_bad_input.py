@@ -44,6 +44,11 @@ from sb3_ezv2 import EZV2
         (dict(c_scale=float("inf")), "c_scale"),
         (dict(exploration_eps=1.5), "exploration_eps must be a finite number at least 0 and at most 1, not 1.5"),
         (dict(exploration_eps=False), "exploration_eps"),
+        (dict(exploration_repeat=0), "exploration_repeat must be an integer of at least 1"),
+        (
+            dict(exploration_eps=0.0, exploration_repeat=50),
+            "exploration_repeat=50 repeats random actions, but exploration_eps is 0",
+        ),
         (dict(average_fraction=0.6), "average_fraction must be a finite number at least 0 and at most 0.5, not 0.6"),
         (dict(average_fraction=None), "average_fraction"),
         (dict(search_value="max"), "search_value must be one of 'mean', 'improved', not 'max'"),

@@ -1,4 +1,4 @@
-"""benchmarks.held_out and benchmarks.reacher_map: returns of stored episodes, what a fit is read on, poses and local maxima."""
+"""benchmarks.held_out and benchmarks.reacher_map: returns of stored episodes, what a fit is read on, poses and maxima."""
 
 from __future__ import annotations
 
