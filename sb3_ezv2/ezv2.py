@@ -63,9 +63,9 @@ class EZV2(ResumableAlgorithm):
     :param learning_starts: how many steps of random actions to collect before learning starts
     :param exploration_eps: share of random actions afterwards, while learning. None: 0.1 for Discrete actions, 0 for Box, of
         which some candidates are drawn from a flattened policy; the paper has 0
-    :param exploration_repeat: longest time, in steps, for which such an action is repeated, see
-        :class:`sb3_ezv2.exploration.RandomActions`; ``exploration_eps`` is then the probability at each step that one begins.
-        1: each is drawn anew
+    :param exploration_repeat: longest time, in steps, for which such an action is repeated: n steps with a probability
+        proportional to 1 / n² (Dabney et al. 2021, https://arxiv.org/abs/2006.01782). ``exploration_eps`` is then the
+        probability at each step that one begins. 1: each is drawn anew
     :param batch_size: sequences in a batch
     :param gamma: the discount factor of one step of the environment; the paper has 0.997 per frame, of which an action that is
         repeated k times takes k
