@@ -4,9 +4,9 @@ Do values carry over to other episodes? Fits a new network of a saved agent's ki
     python -m benchmarks.held_out CHECKPOINT --gamma 0.98 --noise 0 0.3 --out held-out.csv
 
 Representation and value head learn the discounted returns that followed each state of four fifths of the episodes, by the
-value's cross-entropy and batches as large as the agent's, and are read on the other fifth: R² on both, after some numbers of
-updates. Returns of an episode that was cut short count only where what is missing weighs less than 2%. ``--noise`` is that of
-the inputs while fitting, in standard deviations. Observations are vectors.
+value's cross-entropy and batches as large as the agent's, and are read on every fifth episode and the last: R² on both, after
+some numbers of updates. Returns of an episode that was cut short count only where what is missing weighs less than 2%.
+``--noise`` is that of the inputs while fitting, in standard deviations. Observations are vectors, as they were stored.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 
 from benchmarks.provenance import commit, machine
 from sb3_ezv2 import EZV2, MlpPolicy
@@ -117,11 +118,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     th.set_num_threads(1)
     model = EZV2.load(options.checkpoint / "agent.zip", device="cpu")
-    if not isinstance(model.policy, MlpPolicy):
-        parser.error("only agents with MlpPolicy can be looked at.")
+    if not (isinstance(model.policy, MlpPolicy) and isinstance(model.observation_space, spaces.Box)):
+        parser.error("only agents with vectors as observations can be looked at.")
     model.load_replay_buffer(options.checkpoint / "replay_buffer.pkl")
     assert model.replay_buffer is not None
     gamma = model.gamma if options.gamma is None else options.gamma
+    if not 0 < gamma < 1:
+        parser.error(f"--gamma must lie between 0 and 1, not {gamma}.")
     found = list(episodes(model.replay_buffer, gamma))
     if len(found) < 2:
         parser.error(f"{len(found)} episodes have returns that are known: at least 2 are needed; a lower --gamma may help.")

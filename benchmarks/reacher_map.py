@@ -6,7 +6,8 @@ What an agent of reacher-easy believes of every pose of the arm, at rest: the re
 A column per start of the task, each with a target of its own; the angle of the shoulder from left to right, of the wrist from
 bottom to top. Within the red lines the finger is on the target, the circle is the start, a cross is a local maximum of the
 values outside of the target, where an agent that goes to better values stays. Prints, over all poses and targets, how often
-the expected reward is on the right side of a half, and how many local maxima there are.
+the expected reward is on the right side of half of the largest one, and how many local maxima there are. The agent is one of
+two frames per step, as in RL Zoo's settings.
 
 The model is the one that predicts: the averaged weights.
 """

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def exploration_eps(agent: EZV2) -> float:
-    """:return: share of random actions while learning; see :func:`sb3_ezv2.search.searches_all_actions`"""
+    """:return: probability that a random action begins at a step; see :func:`sb3_ezv2.search.searches_all_actions`"""
     if agent.exploration_eps is not None:
         return agent.exploration_eps
     return 0.1 if searches_all_actions(agent.action_space, agent.n_sampled_actions) else 0.0
@@ -59,8 +59,8 @@ class RandomActions:
         return chosen
 
     def end_episodes(self, dones: np.ndarray) -> None:
-        """No action is carried into the next episode. :param dones: bool [n_envs]"""
-        self.left[dones] = 0
+        """No action is carried into the next episode. :param dones: [n_envs], where one has ended"""
+        self.left[np.asarray(dones, bool)] = 0
 
 
 def _repetitions(longest: int, rng: np.random.Generator) -> int:

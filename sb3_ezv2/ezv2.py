@@ -65,7 +65,7 @@ class EZV2(ResumableAlgorithm):
         which some candidates are drawn from a flattened policy; the paper has 0
     :param exploration_repeat: longest time, in steps, for which such an action is repeated: n steps with a probability
         proportional to 1 / n² (Dabney et al. 2021, https://arxiv.org/abs/2006.01782). ``exploration_eps`` is then the
-        probability at each step that one begins. 1: each is drawn anew
+        probability at each step that one begins where none is repeated. 1: each is drawn anew
     :param batch_size: sequences in a batch
     :param gamma: the discount factor of one step of the environment; the paper has 0.997 per frame, of which an action that is
         repeated k times takes k
@@ -532,8 +532,8 @@ class EZV2(ResumableAlgorithm):
     ) -> None:
         assert isinstance(replay_buffer, SequenceReplayBuffer)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        assert self._random_actions is not None
-        self._random_actions.end_episodes(dones)
+        if self._random_actions is not None:
+            self._random_actions.end_episodes(dones)
         if self._last_search is not None and self._acting_is_as_new_as_target():
             assert self._reanalyzer is not None
             self._reanalyzer.store(replay_buffer.last_slots, self._last_search)

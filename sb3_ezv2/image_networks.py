@@ -69,7 +69,8 @@ class ImageTower(nn.Sequential):
             # The convolutions want this order; it is cheaper to bring bytes into it than floats
             ordered = AugmentedImages(images.images.contiguous(memory_format=th.channels_last), images.factors)
             return super().forward(ordered.floats().div_(255.0))
-        if self.training or len(images) <= PIECE:
+        # An exported program takes batches of any size: it has no pieces
+        if self.training or th.compiler.is_exporting() or len(images) <= PIECE:
             return super().forward(images.contiguous(memory_format=th.channels_last) / 255.0)
         return th.cat([self(piece) for piece in images.split(PIECE)])
 

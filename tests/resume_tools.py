@@ -78,9 +78,9 @@ CASES: dict[str, tuple[Callable[[], VecEnv], dict[str, Any]]] = {
         # a batch is prepared at every stop once there are updates
         dict(gradient_steps=-1, target_update_interval=19, reanalyze_ahead=True, reanalyze_thread=True),
     ),
-    "exploring": (  # at every stop some random action is still to be repeated
+    "exploring": (
         lambda: make_vec_env("Pendulum-v1", 3, seed=3, env_kwargs=SHORT),
-        dict(exploration_eps=0.5, exploration_repeat=8),
+        dict(exploration_eps=0.9, exploration_repeat=8),
     ),
     "replayed": (lambda: make_vec_env(Stubborn, 2, seed=3, wrapper_class=Resumable), {}),
 }
@@ -161,6 +161,9 @@ def digest(model: EZV2) -> dict[str, Any]:
     parts["action space"] = repr(model.action_space.np_random.bit_generator.state)
     numbers = ("num_timesteps", "_n_updates", "_episode_num", "_total_timesteps", "_warmup_updates", "_target_update_interval")
     parts.update({name: getattr(model, name) for name in numbers})
+    exploring = model._random_actions
+    assert exploring is not None
+    parts["random actions"] = [repr((left, action)) for left, action in zip(exploring.left, exploring.actions)]
     parts["progress"] = model._current_progress_remaining
     parts["cache version"] = cache.version
     parts["plan"] = [buffer.td_steps_age, model._reanalyzer.mixed_value_start, model._reanalyzer.fresh_transitions]

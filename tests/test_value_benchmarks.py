@@ -81,7 +81,7 @@ def test_reacher_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     observations, on_target, start = reacher_map.poses(env, 3)
     first, _ = env.reset(seed=3)
     assert observations.shape == (on_target.size, 6) and first[:2] == pytest.approx(start)
-    # of two poses of the finger there are two elbows, and the reward is the simulator's
+    # the reward is the simulator's
     physics = env.unwrapped._env.physics  # type: ignore[attr-defined]
     rewards = []
     for row in (np.flatnonzero(on_target)[0], np.flatnonzero(on_target)[-1], 0):
@@ -98,7 +98,7 @@ def test_reacher_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "local maxima of the values outside of the target: 0, 0" in capsys.readouterr().out
 
 
-def test_noise_is_of_the_inputs(tmp_path: Path) -> None:
+def test_noise_changes_the_fit(tmp_path: Path) -> None:
     agent = saved(tmp_path, "Pendulum-v1", 30)
     data = th.randn(60, 3), th.randn(60)
     fits = [list(held_out.fit(agent, data, data, noise, [200], seed)) for noise, seed in ((0.0, 0), (0.0, 0), (1.0, 0))]
