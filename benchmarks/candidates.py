@@ -11,7 +11,6 @@ highest q and makes a step with Eq. 9 and the entropy bonus. A noise of 0 would 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch as th
 
-from benchmarks.provenance import commit, machine
+from benchmarks.provenance import commit, machine, write_rows
 from sb3_ezv2.distributions import SquashedGaussian
 
 CANDIDATES, STATES, ENT_COEF, LEARNING_RATE = 16, 64, 5e-3, 3e-3
@@ -93,11 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
                     rows.append({**setting, **found, **made})
                     print("  ".join(f"{name} {value}" for name, value in {**setting, **found}.items()), flush=True)
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(options.out, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(options.out, rows)
 
 
 if __name__ == "__main__":

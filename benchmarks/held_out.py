@@ -12,7 +12,6 @@ some numbers of updates. Returns of an episode that was cut short count only whe
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
-from benchmarks.provenance import commit, machine
+from benchmarks.provenance import commit, machine, write_rows
 from sb3_ezv2 import EZV2, MlpPolicy
 from sb3_ezv2.replay_buffer import RUNNING, TERMINATED, SequenceReplayBuffer
 
@@ -143,11 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
             rows.append({**row, **made})
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(options.out, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(options.out, rows)
 
 
 if __name__ == "__main__":

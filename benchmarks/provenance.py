@@ -1,9 +1,12 @@
-"""Where a result comes from: machine and commit, as they stand in the result files."""
+"""Result files, and where a result comes from: machine and commit, as they stand in them."""
 
+import csv
 import os
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch as th
 
@@ -37,3 +40,15 @@ def commit() -> str:
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """
+    :param path: CSV file to write, in a folder that is made if need be
+    :param rows: at least one, all with the names of the first
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
