@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from stable_baselines3.common.env_checker import check_env
 
 from benchmarks import learn
 from benchmarks.catch import CatchPixels, play
-from benchmarks.image_memory import Counter, count
+from benchmarks.image_memory import Counter
 from sb3_ezv2 import EZV2
 
 
@@ -53,11 +54,15 @@ def test_counted_memory() -> None:
 
 
 def test_an_atari_update_fits_into_2_gb() -> None:
-    peaks = count(256)
+    # In a process of its own: where torch.compile was at work before, 2.3 GB are counted
+    code = "import json; from benchmarks.image_memory import count; print(json.dumps([count(256), count(64)]))"
+    command, root = [sys.executable, "-c", code], Path(__file__).parent.parent
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root).stdout
+    peaks, quarter = json.loads(printed)
     assert 1.5 < peaks["the largest"] < 2
     assert peaks["the largest"] == max(peaks.values())
     # what is there anyway (four models, the momentum) is small
-    assert count(64)["the largest"] < peaks["the largest"] / 2.5
+    assert quarter["the largest"] < peaks["the largest"] / 2.5
 
 
 @pytest.mark.parametrize("env_id", ["ALE/Breakout-v5", "BreakoutNoFrameskip-v4"])
