@@ -532,7 +532,7 @@ class EZV2(ResumableAlgorithm):
     ) -> None:
         assert isinstance(replay_buffer, SequenceReplayBuffer)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        if self._random_actions is not None:
+        if self._random_actions is not None:  # an agent that was saved amid a step may have none
             self._random_actions.end_episodes(dones)
         if self._last_search is not None and self._acting_is_as_new_as_target():
             assert self._reanalyzer is not None

@@ -23,6 +23,18 @@ TINY: dict[str, Any] = dict(
 )
 """Shortest runs that pass through everything."""
 
+SMALL: dict[str, Any] = dict(
+    learning_starts=300,
+    batch_size=32,
+    n_simulations=16,
+    n_sampled_actions=8,
+    acting_update_interval=25,
+    target_update_interval=50,
+    device="cpu",
+    policy_kwargs=dict(net_arch=[64], state_dim=32, n_blocks=1, action_embedding_dim=16, projection_dim=32),
+)
+"""Learn small tasks in a thousand steps or so."""
+
 
 def make(env: Any = "CartPole-v1", **settings: Any) -> EZV2:
     """

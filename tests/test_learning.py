@@ -7,6 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from common import SMALL
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -79,25 +80,7 @@ SEARCH = dict(value_target="search", target_update_interval=10)
     ids=["Discrete", "Box", "Box without cache", "Discrete, search-based values", "Box, search-based values"],
 )
 def test_learns_to_reach(continuous: bool, steps: int, bar: float, settings: dict[str, Any]) -> None:
-    model = EZV2(
-        "MlpPolicy",
-        Reach(continuous),
-        **{
-            **dict(
-                seed=0,
-                device="cpu",
-                learning_starts=300,
-                batch_size=32,
-                gamma=0.95,
-                n_simulations=16,
-                n_sampled_actions=8,
-                acting_update_interval=25,
-                target_update_interval=50,
-                policy_kwargs=dict(net_arch=[64], state_dim=32, n_blocks=1, action_embedding_dim=16, projection_dim=32),
-            ),
-            **settings,
-        },
-    )
+    model = EZV2("MlpPolicy", Reach(continuous), seed=0, gamma=0.95, **{**SMALL, **settings})
     best = score(_Controller(continuous), continuous)
     before = score(model, continuous)
     model.learn(steps)

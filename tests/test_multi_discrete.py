@@ -16,7 +16,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from common import BOX, TINY, SpacesEnv
+from common import BOX, SMALL, TINY, SpacesEnv
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -610,20 +610,7 @@ def test_learns() -> None:
     """
     best, before, learned = score(Controller()), [], []
     for seed in (0, 1, 2):
-        model = EZV2(
-            "MlpPolicy",
-            Dials(),
-            seed=seed,
-            device="cpu",
-            learning_starts=300,
-            batch_size=32,
-            gamma=0.9,
-            n_simulations=16,
-            n_sampled_actions=8,
-            acting_update_interval=25,
-            target_update_interval=50,
-            policy_kwargs=dict(net_arch=[64], state_dim=32, n_blocks=1, action_embedding_dim=16, projection_dim=32),
-        )
+        model = EZV2("MlpPolicy", Dials(), seed=seed, gamma=0.9, **SMALL)
         before.append(score(model))
         model.learn(900)
         learned.append(score(model))

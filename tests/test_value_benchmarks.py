@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,9 +99,23 @@ def test_reacher_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "local maxima of the values outside of the target: 0, 0" in capsys.readouterr().out
 
 
-def test_noise_changes_the_fit(tmp_path: Path) -> None:
+def test_noise_is_of_the_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     agent = saved(tmp_path, "Pendulum-v1", 30)
-    data = th.randn(60, 3), th.randn(60)
-    fits = [list(held_out.fit(agent, data, data, noise, [200], seed)) for noise, seed in ((0.0, 0), (0.0, 0), (1.0, 0))]
-    scores = [row["train_r2"] for (row,) in fits]
-    assert scores[0] == scores[1] != scores[2]
+    observations, returns = 7 + 3 * th.randn(500, 3), th.randn(500)
+    seen: list[th.Tensor] = []
+    make = agent.policy._make_network
+
+    def watched() -> Any:
+        network: Any = make()
+        network.representation.register_forward_pre_hook(lambda module, x: seen.append(x[0]) if module.training else None)
+        return network
+
+    monkeypatch.setattr(agent.policy, "_make_network", watched)
+    variances = []
+    for noise in (0.0, 0.0, 2.0):
+        seen.clear()
+        list(held_out.fit(agent, (observations, returns), (observations, returns), noise, [20], 0))
+        assert len(seen) == 20
+        variances.append(float(th.cat(seen).var()))
+    # of normalised observations: 1, and noise of two deviations adds 4
+    assert variances[0] == variances[1] == pytest.approx(1, abs=0.05) and variances[2] == pytest.approx(5, abs=0.2)
